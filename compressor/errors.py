@@ -1,0 +1,46 @@
+"""What can go wrong, and the exit code that the command line turns it into.
+
+::
+
+    CompressorError
+    ├── InputError        2   what the user gave is wrong: what, the value seen, what to do
+    ├── BudgetError       1   a budget that was asked for does not hold
+    └── StageError        3   a stage failed; what was finished before it is kept
+        └── Unsuitable    -   a stage has nothing to do on this model: a row with the reason
+"""
+
+from __future__ import annotations
+
+
+class CompressorError(Exception):
+    """Base of every error raised on purpose; its message is one line for a person."""
+
+    exit_code: int = 3
+
+
+class InputError(CompressorError):
+    """The user's input is wrong. The message says what, the value seen and what to do."""
+
+    exit_code = 2
+
+
+class BudgetError(CompressorError):
+    """A budget or gate that was asked for does not hold."""
+
+    exit_code = 1
+
+
+class StageError(CompressorError):
+    """A stage failed. Artifacts of the stages before it stay on disk."""
+
+    exit_code = 3
+
+
+class Unsuitable(StageError):
+    """A stage has nothing to do on this model; the run goes on and the report says why."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The first sentence of an error that somebody else raised, fit for one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,61 @@
+"""Where something is measured, and the raw values of one quantity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+}
+"""Names on the command line and what onnxruntime calls them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an artifact is measured: batch size in examples, intra-op threads."""
+
+    runtime: str = "onnxruntime"
+    provider: str = "cpu"
+    batch: int = 1
+    threads: int = 1
+
+    def __str__(self) -> str:
+        threads = "thread" if self.threads == 1 else "threads"
+        return f"{self.provider}, batch {self.batch}, {self.threads} {threads}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The four fields as the report names them."""
+        return {
+            "runtime": self.runtime,
+            "provider": self.provider,
+            "batch": self.batch,
+            "threads": self.threads,
+        }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Raw values of one quantity of one artifact on one target, or why there are none.
+
+    ``values`` are blocks in the order they were taken, each block's values in order; statistics
+    are derived from them, never stored in their place. Exactly one of ``values`` and ``skipped``
+    is given: a measurement without values and without a reason cannot be made.
+    """
+
+    artifact: str
+    target: Target
+    quantity: str
+    unit: str
+    values: tuple[tuple[float, ...], ...] = ()
+    warmup: int = 0
+    skipped: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.values) == bool(self.skipped):
+            raise ValueError(f"{self.quantity} of {self.artifact}: values or a reason, not both")
+        for block in self.values:
+            if not block or not all(math.isfinite(value) for value in block):
+                raise ValueError(f"{self.quantity} of {self.artifact}: empty or not finite")

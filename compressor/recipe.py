@@ -1,0 +1,165 @@
+"""The steps that a run takes: from flags, from a TOML file, and back to one."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import InputError
+
+QUANTIZE = {
+    "none": (),
+    "fp16": ("fp16",),
+    "int8": ("dynamic", "static"),
+    "int8-dynamic": ("dynamic",),
+    "int8-static": ("static",),
+}
+"""What ``--quantize`` may say, and the schemes that it tries, each its own step."""
+
+NAMES = {"prune": "pruned", "distill": "recovered", "export": "exported"}
+SCHEMES = {"dynamic": "int8-dynamic", "static": "int8-static", "fp16": "fp16"}
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a recipe.
+
+    ``name`` names the artifact that the step makes; ``source`` the step or artifact that it starts
+    from (``from`` in TOML), by default the one before it.
+    """
+
+    stage: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    source: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"stage", "settings", "name", "from"}``, as the report has it."""
+        return {
+            "stage": self.stage,
+            "settings": dict(self.settings),
+            "name": self.name,
+            "from": self.source,
+        }
+
+
+Recipe = tuple[Step, ...]
+
+
+def named(steps: Sequence[Step]) -> Recipe:
+    """The steps with every name and source filled in.
+
+    >>> [f"{s.source}>{s.name}" for s in named([Step("prune"), Step("distill")])]
+    ['baseline>pruned', 'pruned>recovered']
+
+    Raises :class:`InputError` for a name used twice and for a source that no earlier step makes.
+    """
+    before, known, whole = BASELINE, [BASELINE], []
+    for step in steps:
+        scheme = str(step.settings.get("scheme", ""))
+        name = step.name or SCHEMES.get(scheme) or NAMES.get(step.stage, step.stage)
+        source = step.source or before
+        if name in known:
+            raise InputError(f"step {name!r} stands twice in the recipe: give one another name")
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] in ".-":
+            raise InputError(
+                f"step name {name!r} cannot be a file name: use letters, digits, '-', '_' and '.'"
+            )
+        if source not in known:
+            raise InputError(
+                f"step {name!r} starts from {source!r}, which no earlier step makes; "
+                f"known here: {', '.join(known)}"
+            )
+        whole.append(replace(step, name=name, source=source))
+        known.append(name)
+        before = name
+    return tuple(whole)
+
+
+def edited(
+    steps: Sequence[Step],
+    *,
+    prune: float | None = None,
+    keep: Sequence[str] = (),
+    epochs: int | None = None,
+    distill: bool = True,
+    quantize: str | None = None,
+) -> list[Step]:
+    """The steps after the flags: a flag changes the steps it speaks of, or adds the one it needs.
+
+    ``epochs`` of 0 drops the recovery. Without steps this is the recipe of the flags alone.
+    """
+    if quantize is not None and quantize not in QUANTIZE:
+        raise InputError(f"--quantize {quantize!r} is unknown: choose from {', '.join(QUANTIZE)}")
+    changed = list(steps)
+    if keep and prune is None and not any(step.stage == "prune" for step in steps):
+        raise InputError(f"--keep {keep[0]!r} has no pruning to keep it from: add --prune R")
+    if prune is not None and not any(step.stage == "prune" for step in changed):
+        changed.insert(0, Step("prune"))
+    if prune is not None and not steps and epochs is None:
+        changed.append(Step("distill"))
+    if epochs and not any(step.stage == "distill" for step in changed):
+        after = [at for at, step in enumerate(changed) if step.stage == "prune"]
+        changed.insert(after[-1] + 1 if after else 0, Step("distill"))
+    if epochs == 0:
+        changed = [step for step in changed if step.stage != "distill"]
+    flags: dict[str, dict[str, Any]] = {"prune": {}, "distill": {}}
+    if prune is not None:
+        flags["prune"]["ratio"] = prune
+    if keep:
+        flags["prune"]["keep"] = list(keep)
+    if epochs:
+        flags["distill"]["epochs"] = epochs
+    if not distill:
+        flags["distill"]["loss"] = "labels"
+    changed = [
+        replace(step, settings={**step.settings, **flags.get(step.stage, {})}) for step in changed
+    ]
+    if quantize is not None:
+        changed = [step for step in changed if step.stage != "quantize"]
+        source = named(changed)[-1].name if changed else BASELINE
+        changed += [
+            Step("quantize", {"scheme": scheme}, source=source) for scheme in QUANTIZE[quantize]
+        ]
+    return changed
+
+
+def read(path: Path) -> list[Step]:
+    """The ``[[step]]`` tables of a TOML file, in order; every key that is not a field is a setting.
+
+    Raises :class:`InputError` naming the file when it is missing, is not TOML or holds other keys.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not TOML: {error}") from None
+    tables = document.pop("step", [])
+    if document:
+        raise InputError(f"recipe {path}: unknown key {next(iter(document))!r}; use [[step]] only")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError(f"recipe {path}: steps are [[step]] tables")
+    steps = []
+    for number, table in enumerate(tables, 1):
+        fields = {key: table.pop(key, "") for key in ("stage", "name", "from")}
+        if not all(isinstance(value, str) for value in fields.values()) or not fields["stage"]:
+            raise InputError(f"recipe {path}, step {number}: stage, name and from are strings")
+        steps.append(Step(fields["stage"], table, fields["name"], fields["from"]))
+    return steps
+
+
+def write(steps: Sequence[Step], comment: str) -> str:
+    """TOML that :func:`read` reads back to the same steps, under a comment line."""
+    import tomli_w
+
+    tables = []
+    for step in steps:
+        settings = {key: value for key, value in step.settings.items() if value is not None}
+        tables.append({"stage": step.stage, **settings, "name": step.name, "from": step.source})
+    heading = "".join(f"# {line}\n" for line in comment.splitlines())
+    return heading + "\n".join(tomli_w.dumps({"step": [table]}) for table in tables)
