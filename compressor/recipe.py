@@ -162,4 +162,4 @@ def write(steps: Sequence[Step], comment: str) -> str:
         settings = {key: value for key, value in step.settings.items() if value is not None}
         tables.append({"stage": step.stage, **settings, "name": step.name, "from": step.source})
     heading = "".join(f"# {line}\n" for line in comment.splitlines())
-    return heading + "\n".join(tomli_w.dumps({"step": [table]}) for table in tables)
+    return heading + "\n".join(f"[[step]]\n{tomli_w.dumps(table)}" for table in tables)
