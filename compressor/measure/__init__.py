@@ -1,0 +1,1 @@
+"""Artifacts measured at rest, each in a fresh process that holds only onnxruntime and numpy."""

@@ -1,0 +1,173 @@
+"""How artifacts are timed side by side: interleaved, in random order, with a control.
+
+All artifacts of one target are alive at once, each in its own worker, and take turns: every round
+runs one block of calls of each, in an order drawn anew. What slows the machine down for a while
+slows all of them. The reference runs in a second worker as well; how far the two seem to differ
+is the noise floor of this machine now.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from compressor.artifact import Artifact
+from compressor.measure.process import Worker, WorkerFailed
+from compressor.measure.quantities import QUANTITIES
+from compressor.measure.timed import Timed
+from compressor.measurement import Measurement, Target
+from compressor.task import Array, Inputs
+
+SECONDS = {"quick": 0.8, "normal": 4.0, "full": 20.0}
+"""``--bench-time``: seconds of calls for each artifact on each target."""
+
+BLOCK_MS = 8.0
+"""Calls are grouped into blocks of about this long: above scheduler noise, below its drifts."""
+
+ROUNDS = 8
+"""Rounds that are taken even where time is up: fewer give no interval."""
+
+CONTROL = "baseline (again)"
+"""The reference's second worker."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Observed:
+    """What one target gave: raw measurements, and outputs where they were asked for."""
+
+    measurements: list[Measurement] = field(default_factory=list)
+    outputs: dict[str, dict[str, Array]] = field(default_factory=dict)
+    """Artifact name -> split name -> first output of the whole split."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Artifact name -> why its outputs are missing."""
+
+
+def observe(
+    artifacts: Sequence[Artifact],
+    target: Target,
+    feed: Inputs,
+    *,
+    predict: Mapping[str, Inputs] | None = None,
+    seconds: float = SECONDS["quick"],
+    seed: int = 0,
+    start: Callable[[], Worker] = Worker,
+    clock: Callable[[], float] = time.monotonic,
+    progress: Progress = lambda text: None,
+) -> Observed:
+    """Measures every quantity of ONNX ``artifacts`` on ``target``; the first is the reference.
+
+    ``feed`` holds examples to time with (repeated to fill the batch); ``predict`` names whole
+    splits whose outputs are wanted. An artifact that fails becomes a row with the reason; the
+    others are finished.
+    """
+    observed = Observed()
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder, ExitStack() as stack:
+        feeds = _stored(Path(folder), "feed", feed)
+        runs: list[Timed] = []
+        for artifact in artifacts:
+            progress(f"{artifact.name} on {target}")
+            try:
+                runs.append(_opened(artifact, artifact.name, target, feeds, stack, start))
+            except WorkerFailed as error:
+                _skip(observed, artifact.name, target, str(error))
+        if runs and runs[0].artifact == artifacts[0].name:
+            control = _opened(artifacts[0], CONTROL, target, feeds, stack, start)
+            runs.append(control)
+        progress(f"timing on {target}")
+        _interleave(runs, observed, seconds, random.Random(seed), clock)
+        for run in runs:
+            _collect(run, observed)
+        for split, inputs in (predict or {}).items():
+            paths = _stored(Path(folder), split, inputs)
+            for run in runs:
+                if run.artifact == CONTROL or run.artifact in observed.failed:
+                    continue
+                progress(f"outputs of {run.artifact} on {split}")
+                out = str(Path(folder) / "outputs.npy")
+                try:
+                    run.worker.ask("predict", inputs=paths, out=out)
+                    observed.outputs.setdefault(run.artifact, {})[split] = np.load(out)
+                except WorkerFailed as error:
+                    observed.failed[run.artifact] = str(error)
+    return observed
+
+
+def _stored(folder: Path, name: str, inputs: Inputs) -> list[str]:
+    paths = []
+    for position, array in enumerate(inputs):
+        path = folder / f"{name}-{position}.npy"
+        np.save(path, array)
+        paths.append(str(path))
+    return paths
+
+
+def _opened(
+    artifact: Artifact,
+    name: str,
+    target: Target,
+    feeds: list[str],
+    stack: ExitStack,
+    start: Callable[[], Worker],
+) -> Timed:
+    worker = stack.enter_context(start())
+    path = str(artifact.path.resolve())
+    loaded = worker.ask("load", path=path, provider=target.provider, threads=target.threads)
+    worker.ask("take", inputs=feeds, batch=target.batch)
+    # The first call allocates; the second says how many calls make a block.
+    worker.ask("time", calls=1)
+    once = worker.ask("time", calls=1)["elapsed_ns"] / 1e6
+    calls = max(1, min(1000, round(BLOCK_MS / max(once, 1e-6))))
+    worker.ask("time", calls=calls)
+    return Timed(name, target, worker, loaded["load_ms"], calls, warmup=2 + calls)
+
+
+def _interleave(
+    runs: list[Timed],
+    observed: Observed,
+    seconds: float,
+    order: random.Random,
+    clock: Callable[[], float],
+) -> None:
+    end = clock() + seconds * len(runs)
+    for taken in _rounds():
+        if not runs or (taken >= ROUNDS and clock() >= end):
+            return
+        for run in order.sample(runs, len(runs)):
+            try:
+                run.blocks.append(run.worker.ask("time", calls=run.calls))
+            except WorkerFailed as error:
+                runs.remove(run)
+                if run.artifact != CONTROL:
+                    _skip(observed, run.artifact, run.target, str(error))
+
+
+def _rounds() -> Iterator[int]:
+    taken = 0
+    while True:
+        yield taken
+        taken += 1
+
+
+def _collect(run: Timed, observed: Observed) -> None:
+    for name, quantity in QUANTITIES.items():
+        values = tuple(tuple(block) for block in quantity.collect(run))
+        observed.measurements.append(
+            Measurement(run.artifact, run.target, name, quantity.unit, values, run.warmup)
+        )
+
+
+def _skip(observed: Observed, artifact: str, target: Target, reason: str) -> None:
+    observed.failed[artifact] = reason
+    for name, quantity in QUANTITIES.items():
+        observed.measurements.append(
+            Measurement(artifact, target, name, quantity.unit, skipped=reason)
+        )
