@@ -27,7 +27,7 @@ _HOMES = {
     "load": "loading",
     "run": "pipeline",
     "save": "loading",
-    "session": "measure",
+    "session": "measure.runtime",
 }
 """Public names and the module each lives in, imported at first use: torch is heavy."""
 

@@ -51,16 +51,15 @@ def versions() -> dict[str, str]:
 
 def cpu() -> dict[str, Any]:
     """``{"model", "features", "cores"}``; ``cores`` are those that this process may use."""
-    model, flags = platform.processor() or platform.machine(), ""
+    facts: dict[str, str] = {}
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        facts = dict(
-            (part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line
-        )
-        model = facts.get("model name", model)
-        flags = facts.get("flags", facts.get("Features", ""))
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            facts[key.strip()] = value.strip()
     except OSError:
-        pass
+        facts = {}  # not Linux: the model's name is all there is
+    model = facts.get("model name") or platform.processor() or platform.machine()
+    flags = facts.get("flags") or facts.get("Features") or ""
     features = [feature for feature in FEATURES if feature in flags.split()]
     return {"model": model, "features": features, "cores": cores()}
 

@@ -23,7 +23,7 @@ class Worker:
 
     def __init__(self, timeout: float = 300.0) -> None:
         self.timeout = timeout
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "compressor.measure.worker"],
             stdin=subprocess.PIPE,

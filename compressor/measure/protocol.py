@@ -78,7 +78,7 @@ def observe(
             try:
                 runs.append(_opened(artifact, artifact.name, target, feeds, stack, start))
             except WorkerFailed as error:
-                _skip(observed, artifact.name, target, str(error))
+                skip(observed, artifact.name, target, str(error))
         if runs and runs[0].artifact == artifacts[0].name:
             control = _opened(artifacts[0], CONTROL, target, feeds, stack, start)
             runs.append(control)
@@ -147,7 +147,7 @@ def _interleave(
             except WorkerFailed as error:
                 runs.remove(run)
                 if run.artifact != CONTROL:
-                    _skip(observed, run.artifact, run.target, str(error))
+                    skip(observed, run.artifact, run.target, str(error))
 
 
 def _rounds() -> Iterator[int]:
@@ -165,7 +165,8 @@ def _collect(run: Timed, observed: Observed) -> None:
         )
 
 
-def _skip(observed: Observed, artifact: str, target: Target, reason: str) -> None:
+def skip(observed: Observed, artifact: str, target: Target, reason: str) -> None:
+    """Every quantity of ``artifact`` on ``target`` becomes a row with the reason."""
     observed.failed[artifact] = reason
     for name, quantity in QUANTITIES.items():
         observed.measurements.append(

@@ -81,8 +81,14 @@ class Holder:
         """The kernel's high-water mark of this process, in bytes."""
         return {"peak_rss_bytes": peak_rss_bytes()}
 
+    def providers(self) -> dict[str, Any]:
+        """The execution providers that this onnxruntime has."""
+        import onnxruntime
 
-VERBS = ("load", "take", "time", "predict", "memory")
+        return {"providers": onnxruntime.get_available_providers()}
+
+
+VERBS = ("providers", "load", "take", "time", "predict", "memory")
 
 
 def peak_rss_bytes() -> int:

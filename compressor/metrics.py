@@ -94,29 +94,5 @@ def metric_of(kind: Kind, name: str | None = None) -> str:
     """The metric's name: ``name`` when the kind has it, the kind's first one when not given."""
     known = METRICS[kind]
     if name is not None and name not in known:
-        raise InputError(
-            f"--metric {name!r} is unknown for {kind}: choose from {', '.join(known)}"
-        )
+        raise InputError(f"--metric {name!r} is unknown for {kind}: choose from {', '.join(known)}")
     return name or next(iter(known))
-
-
-def fidelity(kind: Kind, reference: NDArray[Any], outputs: NDArray[Any]) -> dict[str, Any]:
-    """How near ``outputs`` are to the original's, shapes alike, first axis the example.
-
-    ``sqnr_db`` is the signal-to-quantization-noise ratio, ``None`` where nothing differs.
-    ``top1_agreement`` is the share of equal decisions, ``None`` where the task decides nothing.
-    """
-    wanted, got = reference.astype(np.float64), outputs.astype(np.float64)
-    noise = float(((wanted - got) ** 2).sum())
-    signal = float((wanted**2).sum())
-    agreement: float | None = None
-    if kind in ("classification", "segmentation"):
-        agreement = float((wanted.argmax(axis=1) == got.argmax(axis=1)).mean())
-    elif kind in ("binary", "multilabel"):
-        agreement = float(((wanted > 0) == (got > 0)).mean())
-    return {
-        "sqnr_db": 10 * float(np.log10(signal / noise)) if noise and signal else None,
-        "top1_agreement": agreement,
-        "max_abs_diff": float(np.abs(wanted - got).max()),
-        "n": len(wanted),
-    }

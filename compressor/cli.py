@@ -1,0 +1,271 @@
+"""The command line: thin commands that build a recipe and hand it on.
+
+Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from compressor import __version__
+from compressor.errors import BudgetError, CompressorError, InputError, one_line
+from compressor.recipe import QUANTIZE
+
+if TYPE_CHECKING:
+    from compressor.pipeline import Progress
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Make a trained PyTorch model smaller and faster, and know what it cost.",
+)
+
+INTERRUPTED = 130
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="model.pt, weights with --arch, or .safetensors")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, mnist:DIR, arrays:FILE.npz, PKG.MOD:FUNCTION, ./file.py:function"
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds the model")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="steps from a TOML file")] = None,
+    prune: Annotated[
+        str | None, typer.Option(help="fraction of each layer's channels to remove, such as 0.5")
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="layers that are not pruned (pattern, repeatable)")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="epochs of recovery; 0 skips it")] = None,
+    distill: Annotated[
+        bool, typer.Option("--distill/--no-distill", help="recover with the original as teacher")
+    ] = True,
+    quantize: Annotated[str | None, typer.Option(help=" | ".join(QUANTIZE))] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="budget: accuracy that may be lost (default 0.01)")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="the metric that the budget uses")] = None,
+    provider: Annotated[str, typer.Option(help="where to measure, first is primary")] = "cpu,cuda",
+    batch: Annotated[str, typer.Option(help="batch sizes to measure")] = "1",
+    threads: Annotated[
+        str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
+    ] = None,
+    bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="folder (default reports/MODEL)")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over in a folder in use")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the steps and stop")] = False,
+    seed: Annotated[int, typer.Option(help="of splits, training and sampling")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+) -> None:
+    """Prune, recover, quantize, export and measure a model; write the report."""
+    with guarded(debug):
+        ratio = None if prune is None else _ratio(prune)
+        flags: dict[str, Any] = {
+            "recipe": recipe,
+            "prune": ratio,
+            "keep": keep or (),
+            "epochs": epochs,
+            "distill": distill,
+            "quantize": quantize,
+        }
+        from compressor import pipeline
+
+        if dry_run:
+            from compressor.recipe import write
+
+            print(write(pipeline.plan(**flags), _command()), end="")
+            return
+        with progress() as shown:
+            report = pipeline.run(
+                model,
+                data=data,
+                arch=arch,
+                **flags,
+                max_drop=max_drop,
+                metric=metric,
+                provider=provider.split(","),
+                batch=_whole("--batch", batch),
+                threads=None if threads is None else _whole("--threads", threads),
+                bench_time=bench_time,
+                out=out,
+                fresh=fresh,
+                seed=seed,
+                command=_command(),
+                progress=shown,
+            )
+        if report.stored:
+            _say(f"already run on {report.document['created']}; --fresh runs it again")
+        print(report)
+        if max_drop is not None and not report.document["budget_held"]:
+            raise BudgetError(f"nothing but the baseline holds --max-drop {max_drop:g}")
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="a zoo model; see the README")] = "cnn",
+    data: Annotated[str | None, typer.Option(help="such as digits or mnist:DIR")] = None,
+    epochs: Annotated[int | None, typer.Option(help="default: what the model needs")] = None,
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("model.pt"),
+    seed: Annotated[int, typer.Option()] = 0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="train again over an old file")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+) -> None:
+    """Train a zoo model on real data and write a model.pt that describes itself."""
+    with guarded(debug):
+        from compressor import demo as training
+
+        with progress() as shown:
+            trained = training.demo(
+                model,
+                data=data,
+                epochs=epochs,
+                out=out,
+                seed=seed,
+                fresh=fresh,
+                progress=lambda epoch, of, facts: shown(epoch, of, f"training {model}"),
+            )
+        if trained.existed:
+            _say(f"{trained.path} was trained by this very command; --fresh trains it again")
+        print(
+            f"{trained.path}: {model}, {trained.metric} {trained.value:.4f} "
+            f"on {trained.examples} test examples"
+        )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run folder or a report.json")],
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+) -> None:
+    """Render a report again: report.md and the plot from report.json, the table on the screen."""
+    with guarded(debug):
+        from compressor.report import Report
+
+        found = Report.read(folder)
+        found.save()
+        print(found)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, the CPU features that decide int8 speed, and providers."""
+    with guarded(False):
+        from compressor.measure.environment import environment
+        from compressor.measure.process import Worker
+        from compressor.measurement import PROVIDERS
+
+        facts = environment()
+        cpu = facts["cpu"]
+        for name, version in facts["versions"].items():
+            print(f"{name:14} {version}")
+        print(f"{'cpu':14} {cpu['model']}, {cpu['cores']} cores")
+        print(f"{'features':14} {' '.join(cpu['features']) or 'none of those that matter'}")
+        with Worker() as worker:
+            present = worker.ask("providers")["providers"]
+        for name, provider in PROVIDERS.items():
+            print(f"{name:14} {'present' if provider in present else 'absent'} ({provider})")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    """What stands before a command."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script and ``python -m compressor``."""
+    app(prog_name="compressor")
+
+
+@contextmanager
+def guarded(debug: bool) -> Iterator[None]:
+    """Turns errors into one line on standard error and an exit code; see ``errors``."""
+    try:
+        yield
+    except CompressorError as error:
+        if debug:
+            raise
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted; what was finished is kept, the same command goes on", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if debug:
+            raise
+        _end(f"{error.filename or ''}: {error.strerror or one_line(error)}".lstrip(": "), 3)
+    except Exception as error:
+        if debug:
+            raise
+        _end(f"{type(error).__name__}: {one_line(error)} (a fault of ours: --debug shows where)", 3)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    _say(f"error: {' '.join(text.split())}")
+    raise typer.Exit(code) from None
+
+
+def _say(text: str) -> None:
+    print(f"compressor: {text}", file=sys.stderr)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on standard error when it is a terminal, nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, text: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task("starting")
+        yield lambda done, total, text: bar.update(
+            line, completed=done, total=total, description=text
+        )
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < 1:
+        raise InputError(
+            f"--prune {text!r}: give the fraction of channels to remove, 0 to below 1, such as 0.5"
+        )
+    return value
+
+
+def _whole(flag: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{flag} {text!r}: give whole numbers, such as 1,32") from None
+
+
+def _command() -> str:
+    return shlex.join(["compressor", *sys.argv[1:]])

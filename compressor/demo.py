@@ -1,0 +1,106 @@
+"""Trains a zoo model on real data, so that there is something to compress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compressor import data as sources
+from compressor import zoo
+from compressor.errors import InputError
+from compressor.loading import checkpoint
+from compressor.loading.checkpoint import ZOO
+from compressor.loading.task import SPLIT_SEED
+from compressor.metrics import metric_of
+from compressor.stages.losses import LOSSES
+from compressor.stages.training import Epoch, evaluate, fit
+from compressor.task import Kind
+
+WIDTH: dict[Kind, int] = {"binary": 1, "regression": 1}
+"""Outputs where the data does not say how many."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model file, its metric on the test split, and whether it was there before."""
+
+    path: Path
+    metric: str
+    value: float
+    examples: int
+    existed: bool = False
+
+
+def demo(
+    model: str = "cnn",
+    *,
+    data: str | None = None,
+    epochs: int | None = None,
+    out: str | Path = "model.pt",
+    seed: int = 0,
+    fresh: bool = False,
+    progress: Callable[[int, int, Epoch], None] = lambda epoch, epochs, facts: None,
+) -> Trained:
+    """Trains the zoo's ``model`` and writes a self-describing file to ``out``.
+
+    ``data`` is a data spec, by default the model's natural small task. The same call again finds
+    the file and leaves it. Raises :class:`InputError` when ``out`` holds something else.
+    """
+    path = Path(out)
+    if model not in zoo.MODELS:
+        raise InputError(f"--model {model!r} is unknown: choose from {', '.join(zoo.MODELS)}")
+    if epochs is not None and epochs < 1:
+        raise InputError(f"--epochs {epochs}: give 1 or more")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: the folder {path.parent} does not exist")
+    entry = zoo.MODELS[model]
+    asked = {
+        "model": model,
+        "data": data or entry.data,
+        "epochs": epochs or entry.epochs,
+        "seed": seed,
+    }
+    if path.exists() and not fresh:
+        about = checkpoint.read(path).about
+        if about.get("demo") != asked:
+            raise InputError(f"--out {path} holds another model: name another file or add --fresh")
+        return Trained(path, about["metric"], about["value"], about["examples"], existed=True)
+    given = sources.read(data or entry.data, SPLIT_SEED)
+    if given.kind is None:
+        raise InputError(f"--data {given.name!r} does not say its kind of task: use a built-in one")
+    inputs, _ = given.splits.train.head(1)
+    outputs = given.outputs or WIDTH.get(given.kind, 1)
+    arguments = zoo.arguments_for(model, inputs[0].shape[1:], outputs)
+    torch.manual_seed(seed)
+    network = zoo.build(model, arguments)
+    metric = metric_of(given.kind)
+    labels = LOSSES[given.kind].labels
+    fit(
+        network,
+        given.splits,
+        lambda outputs, inputs, targets: labels(outputs, targets),
+        kind=given.kind,
+        metric=metric,
+        epochs=epochs or entry.epochs,
+        learning_rate=entry.learning_rate,
+        batch_size=64,
+        seed=seed,
+        progress=progress,
+    )
+    value = evaluate(network, given.splits.test, given.kind, metric)
+    examples = len(given.splits.test)
+    about = {"demo": asked, "metric": metric, "value": value, "examples": examples}
+    checkpoint.save(
+        network,
+        path,
+        factory=f"{ZOO}{model}",
+        arguments=arguments,
+        inputs=tuple(map(torch.from_numpy, given.splits.train.head(64)[0])),
+        kind=given.kind,
+        data=given.name,
+        about=about,
+    )
+    return Trained(path, metric, value, examples)

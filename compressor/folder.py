@@ -1,0 +1,127 @@
+"""The folder of a run: who it belongs to, which stages are finished, what may be reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact import Artifact, write_text
+from compressor.errors import InputError
+from compressor.report import FILE, Report
+
+STATE = "run.json"
+ARTIFACTS = "artifacts"
+OURS = (STATE, FILE, "report.md", "pareto.png", "best.onnx", "best.json", "recipe.toml",
+        "samples.json.gz", ARTIFACTS)  # fmt: skip
+"""Everything that a run writes, and so all that ``--fresh`` removes."""
+
+
+def key_of(**facts: Any) -> str:
+    """SHA-256 of plain values: equal facts, equal key."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Folder:
+    """An open run folder. ``fingerprint`` stands for the arguments of the run."""
+
+    def __init__(self, path: Path, fingerprint: str, command: str) -> None:
+        self.path = path
+        self.artifacts = path / ARTIFACTS
+        self._state: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "command": command,
+            "stages": {},
+        }
+
+    @classmethod
+    def open(
+        cls, path: Path, fingerprint: str, command: str, *, fresh: bool
+    ) -> tuple[Folder, Report | None]:
+        """The folder, and its report when these very arguments have been run to the end.
+
+        An unfinished run of the same arguments is taken up; ``fresh`` starts over. Raises
+        :class:`InputError`, having touched nothing, when the folder holds anything else or cannot
+        be written.
+        """
+        folder = cls(path, fingerprint, command)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {path} is a file: name a folder")
+        held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if held and not {STATE, FILE} & set(held):
+            raise InputError(
+                f"--out {path} holds other files ({held[0]} ...): name a new or empty folder"
+            )
+        report = None
+        if held and not fresh:
+            report = Report.read(path) if FILE in held else None
+            state = _read(path / STATE) if STATE in held else {}
+            theirs = state or (report.document if report else {})
+            if theirs.get("fingerprint") != fingerprint:
+                raise InputError(
+                    f"--out {path} holds another run ({theirs.get('command', 'unknown')}): "
+                    "name another folder, or add --fresh to replace it"
+                )
+            folder._state = state or folder._state
+        _writable(path)
+        if fresh:
+            for name in OURS:
+                _remove(path / name)
+        path.mkdir(parents=True, exist_ok=True)
+        folder.artifacts.mkdir(exist_ok=True)
+        return folder, report
+
+    def finished(self, name: str, key: str) -> tuple[Artifact | None, Mapping[str, Any]] | None:
+        """What the stage that made ``name`` left behind, if it ran with this ``key``.
+
+        The files are verified by their digests; where one is gone or changed, it is made again.
+        """
+        record = self._state["stages"].get(name)
+        if record is None or record["key"] != key:
+            return None
+        if record["artifact"] is None:
+            return None, record
+        artifact = Artifact.from_json(record["artifact"], self.artifacts)
+        try:
+            return artifact.checked(), record
+        except Exception:
+            return None
+
+    def remember(self, name: str, key: str, artifact: Artifact | None, **facts: Any) -> None:
+        """Writes down that the stage is finished, so that a later run can take up from here."""
+        record = {"key": key, "artifact": artifact.to_json() if artifact else None, **facts}
+        self._state["stages"][name] = record
+        self.write()
+
+    def write(self) -> None:
+        """The state, on disk."""
+        write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {key: state[key] for key in ("fingerprint", "command", "stages")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: add --fresh to start over") from None
+
+
+def _writable(path: Path) -> None:
+    there = path
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"--out {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--out {path}: {there} cannot be written to: name another folder")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""The closed set of edits that turn a model as its factory builds it into the compressed one.
+
+An edit is plain JSON. Two are enough for pruning::
+
+    {"edit": "keep", "parameter": "conv1.weight", "dim": 0, "indices": [0, 2, 3]}
+    {"edit": "set_attribute", "module": "conv1", "name": "out_channels", "value": 3}
+
+``keep`` selects along one axis of a parameter or buffer. ``set_attribute`` may write only the
+sizes in :data:`ATTRIBUTES`, so that a file cannot change how a model behaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor.errors import InputError
+
+Edit = Mapping[str, Any]
+
+ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "in_features",
+    "out_features",
+    "num_channels",
+    "num_groups",
+    "num_parameters",
+    "input_size",
+    "hidden_size",
+)
+
+
+def apply(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
+    """Edits ``model`` in place, in order, and gives it back.
+
+    Raises :class:`InputError` for an edit that is unknown or does not fit the model.
+    """
+    for edit in edits:
+        try:
+            EDITS[edit["edit"]](model, edit)
+        except (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"an edit in the file does not fit its model: {dict(edit)!s:.120}: {error}"
+            ) from None
+    return model
+
+
+def _keep(model: nn.Module, edit: Edit) -> None:
+    place, _, name = str(edit["parameter"]).rpartition(".")
+    owner = model.get_submodule(place)
+    old = owner._parameters.get(name, owner._buffers.get(name))
+    if old is None:
+        raise KeyError(edit["parameter"])
+    kept = old.detach().index_select(int(edit["dim"]), torch.tensor(edit["indices"]))
+    if name in owner._parameters:
+        kept = nn.Parameter(kept, requires_grad=old.requires_grad)
+    setattr(owner, name, kept)
+
+
+def _set_attribute(model: nn.Module, edit: Edit) -> None:
+    name, value = edit["name"], edit["value"]
+    if name not in ATTRIBUTES or type(value) is not int or value < 1:
+        raise ValueError("not one of the sizes that an edit may set")
+    owner = model.get_submodule(edit["module"])
+    if type(getattr(owner, name)) is not int:
+        raise ValueError("not a size of that layer")
+    setattr(owner, name, value)
+
+
+EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
+    "keep": _keep,
+    "set_attribute": _set_attribute,
+}

@@ -1,0 +1,213 @@
+"""report.md: the report as a page that reads well on a code host."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compressor.report.table import (
+    MISSING,
+    Document,
+    escaped,
+    figures,
+    footnotes,
+    further,
+    label,
+    primary,
+    printable,
+    render,
+    score,
+    size,
+    table,
+    target_of,
+)
+
+LISTED = 8
+"""Entries of a list that are written out; a network may have hundreds of layers to name."""
+
+
+def best(document: Document) -> str:
+    """The name of the recommended artifact; the first, the reference, where none is marked."""
+    artifacts = document["artifacts"]
+    marked = (artifact["name"] for artifact in artifacts if artifact["best"])
+    return str(next(marked, artifacts[0]["name"] if artifacts else ""))
+
+
+def recommendation(document: Document) -> str:
+    """The sentence that a reader needs first."""
+    unfinished = document.get("finished") is False
+    otherwise = "This run did not finish." if unfinished else f"Recommended: {best(document)}."
+    return document.get("recommendation") or otherwise
+
+
+def markdown(document: Document) -> str:
+    """The whole page."""
+    return "\n\n".join(block for block in _blocks(document) if block) + "\n"
+
+
+def _blocks(document: Document) -> Iterator[str]:
+    target = primary(document)
+    yield f"# {escaped(document['name'])}"
+    yield escaped(recommendation(document))
+    if target is not None:
+        yield f"On {escaped(label(target))}:"
+    yield table(document, target, markdown=True)
+    yield _bullets(escaped(note) for note in footnotes(document))
+    yield "![Accuracy against latency](pareto.png)"
+    if others := further(document, markdown=True):
+        yield "## Further targets"
+        yield others
+    if document["best_per_target"]:
+        yield "Best on each target:"
+        yield _bullets(
+            f"{escaped(label(target_of(entry)))}: **{escaped(entry['artifact'])}**"
+            for entry in document["best_per_target"]
+        )
+    if document.get("warnings"):
+        yield "## Warnings"
+        yield _bullets(escaped(warning) for warning in document["warnings"])
+    if document["artifacts"]:
+        yield "## How each was made"
+        yield from _made(document)
+    if document["stages"]:
+        yield "## Stages"
+        yield _stages(document)
+    yield "## Environment"
+    yield _bullets(_environment(document))
+    yield "## Reproduce"
+    yield from _reproduce(document)
+
+
+def _bullets(lines: Iterator[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _code(line: str) -> str:
+    """A fenced block whose fence is longer than any run of backticks in it."""
+    text = printable(line)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+def _value(value: Any) -> str:
+    """A setting or fact in words: lists are cut, nested tables keep their names."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{escaped(key)}: {_value(entry)}" for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        shown = [_value(entry) for entry in value[:LISTED]]
+        more = [f"and {len(value) - LISTED} more"] if len(value) > LISTED else []
+        apart = "; " if any(isinstance(entry, Mapping) for entry in value) else ", "
+        return apart.join(shown + more) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: MISSING}[value]
+    return f"{value:.6g}" if isinstance(value, float) else escaped(value)
+
+
+def _fact(key: str, value: Any) -> list[str]:
+    """A fact as a bullet under its step; what was said of each layer as bullets under that."""
+    name = escaped(key).replace("\\_", " ")
+    if isinstance(value, Mapping) and any(isinstance(entry, str) for entry in value.values()):
+        entries = [f"{escaped(of)}: {_value(said)}" for of, said in value.items()]
+    elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
+        entries = [_value(entry) for entry in value]
+    else:
+        return [f"  - {name}: {_value(value)}"]
+    if len(entries) > LISTED:
+        entries[LISTED:] = [f"and {len(entries) - LISTED} more"]
+    return [f"  - {name}:", *(f"    - {entry}" for entry in entries)]
+
+
+def _made(document: Document) -> Iterator[str]:
+    """For each artifact its file, its steps that no artifact before it has shown, its fidelity."""
+    shown: list[Mapping[str, Any]] = []
+    for artifact in document["artifacts"]:
+        steps = artifact["steps"]
+        yield f"### {escaped(artifact['name'])}"
+        chain = " → ".join(escaped(step["stage"]) for step in steps) or "as given"
+        lines = [f"- {chain} → {escaped(artifact['path'])} (SHA-256 {artifact['sha256'][:12]}…)"]
+        for step in steps:
+            if step in shown:
+                continue
+            shown.append(step)
+            settings = ", ".join(f"{escaped(k)} = {_value(v)}" for k, v in step["settings"].items())
+            lines.append(f"- **{escaped(step['stage'])}** {settings}".rstrip())
+            for key, value in step.get("facts", {}).items():
+                lines += _fact(key, value)
+        if artifact["fidelity"]:
+            lines.append(f"- {_fidelity(artifact['fidelity'])}")
+        if artifact["within_budget"] is not None:
+            lines.append(f"- {_budget(artifact)}")
+        yield "\n".join(lines)
+
+
+def _fidelity(fidelity: Mapping[str, Any]) -> str:
+    decibels = fidelity["sqnr_db"]
+    parts = ["exact" if decibels is None else f"SQNR {decibels:.1f} dB"]
+    if fidelity["top1_agreement"] is not None:
+        parts.append(f"top-1 agreement {score(fidelity['top1_agreement'])}")
+    if fidelity["max_abs_diff"] is not None:
+        parts.append(f"largest difference {fidelity['max_abs_diff']:.3g}")
+    return f"outputs against the model as given: {', '.join(parts)} (n = {fidelity['n']})"
+
+
+def _budget(artifact: Mapping[str, Any]) -> str:
+    if not artifact["within_budget"]:
+        return "outside the budget"
+    return "within the budget" + (", proven by the whole interval" * bool(artifact["proven"]))
+
+
+def _stages(document: Document) -> str:
+    rows = []
+    for stage in document["stages"]:
+        notes = ["cached"] if stage["cached"] else []
+        if stage.get("skipped"):
+            notes.append(f"skipped: {escaped(stage['skipped'])}")
+        rows.append(
+            [
+                escaped(stage["stage"]),
+                escaped(stage.get("artifact") or ""),
+                "; ".join(notes),
+                figures(stage["seconds"]),
+                size(stage["peak_rss_bytes"]),
+            ]
+        )
+    header = ["stage", "variant", "note", "seconds", "peak memory"]
+    return render(header, rows, markdown=True, left=3)
+
+
+def _environment(document: Document) -> Iterator[str]:
+    there, task = document["environment"], document["task"]
+    cpu, floor = there["cpu"], there["noise_floor"]
+    splits = task["splits"] or {}
+    yield f"data: {escaped(task['data'] or 'none')}" + (f" ({_value(splits)})" * bool(splits))
+    if document.get("model"):
+        model = document["model"]
+        digest = f" (SHA-256 {model['sha256'][:12]}…)" if model["sha256"] else ""
+        yield f"model: {escaped(model['path'] or 'a live object')}{digest}"
+    yield f"versions: {_value({k: v or 'absent' for k, v in there['versions'].items()})}"
+    yield f"system: {escaped(there['os'])}"
+    cores = f"{cpu['cores']} {'core' if cpu['cores'] == 1 else 'cores'}"
+    yield f"CPU: {escaped(cpu['model'] or 'unknown')}, {cores}"
+    yield f"features that decide speed: {_value(cpu['features'])}"
+    if there["threads"]:
+        yield f"threads: {_value(there['threads'])}"
+    if there.get("session_settings"):
+        yield f"session settings: {_value(there['session_settings'])}"
+    yield f"providers: {_value(there['providers'])}"
+    yield f"load before measuring: {MISSING if there['load'] is None else figures(there['load'])}"
+    if floor is not None:
+        yield f"noise floor: ±{floor['value']:.1%} (baseline against itself, n = {floor['n']})"
+    yield f"created: {escaped(document['created'])}"
+    if document["samples"]:
+        yield f"raw values: {escaped(document['samples'])}"
+
+
+def _reproduce(document: Document) -> Iterator[str]:
+    yield "This report was made by"
+    yield _code(document["command"])
+    path = document.get("model", {}).get("path")
+    yield "and its recipe replays with"
+    yield _code(f"compressor run {shlex.quote(path) if path else 'MODEL'} --recipe recipe.toml")

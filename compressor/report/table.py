@@ -1,0 +1,286 @@
+"""The table: every artifact on one target, for a terminal or for markdown.
+
+Both renderings come from the same cells; only the escaping of names and the ruling differ.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from compressor.measurement import Target
+
+Document = Mapping[str, Any]
+Text = Callable[[object], str]
+
+MISSING = "n/a"
+
+ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\].*?(?:\x07|\x1b\\|$)|[@-Z\\-_])", re.DOTALL)
+MARKS = {
+    **{mark: f"\\{mark}" for mark in "\\`*_[~$"},
+    **{"|": "&#124;", "<": "&lt;", ">": "&gt;", "&": "&amp;"},
+}
+"""What markdown would read as its own; a pipe as an entity cannot end a cell, whatever precedes."""
+
+
+def printable(text: object) -> str:
+    """The text on one line, as wide as it was: no escape sequences, no control characters."""
+    spaced = re.sub(r"\s", " ", ANSI.sub("", str(text)))
+    return "".join(char for char in spaced if unicodedata.category(char)[0] != "C")
+
+
+def plain(text: object) -> str:
+    """:func:`printable` text in single spaces, for a terminal.
+
+    >>> plain("a\\x1b[31mb\\n c\\x00")
+    'ab c'
+    """
+    return " ".join(printable(text).split())
+
+
+def escaped(text: object) -> str:
+    """:func:`plain` text that markdown shows as it stands.
+
+    >>> escaped("a|b <i>")
+    'a&#124;b &lt;i&gt;'
+    """
+    return "".join(MARKS.get(char, char) for char in plain(text))
+
+
+# Numbers as people read them. ``None`` is "n/a" everywhere.
+
+
+def figures(value: float) -> str:
+    """Three significant digits without an exponent: ``0.261``, ``33.4``, ``1234``."""
+    rounded = float(f"{value:.3g}")
+    if rounded == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{value:.{digits}f}"
+
+
+def scaled(value: float | None, units: Sequence[str]) -> str:
+    """Three significant digits in the first unit that keeps them below 1000."""
+    if value is None:
+        return MISSING
+    for unit in units[:-1]:
+        shown = f"{value:.0f}" if unit == units[0] and value == int(value) else figures(value)
+        if float(shown) < 1000:
+            return shown + unit
+        value /= 1000
+    return figures(value) + units[-1]
+
+
+def count(value: float | None) -> str:
+    """A plain number: ``640``, ``21.8k``, ``4.09M``."""
+    return scaled(value, ("", "k", "M", "G", "T"))
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units: ``812 B``, ``88.3 KB``, ``45.0 MB``."""
+    return scaled(value, (" B", " KB", " MB", " GB", " TB"))
+
+
+def milliseconds(value: float | None) -> str:
+    """``0.261``; the unit stands in the header."""
+    return MISSING if value is None else figures(value)
+
+
+def score(value: float | None, sign: str = "") -> str:
+    """A metric: four decimals where they tell something, else four significant digits."""
+    if value is None:
+        return MISSING
+    fixed = value == 0 or 0.001 <= abs(value) < 10
+    return f"{value:{sign}.4f}" if fixed else f"{value:{sign}.4g}"
+
+
+def drop(accuracy: Mapping[str, Any]) -> str:
+    """``+0.0022 [-0.0040, 0.0090]``: what was lost, positive is worse."""
+    lost = accuracy.get("drop")
+    if lost is None:
+        return MISSING
+    return f"{score(lost['value'], '+')} [{score(lost['low'])}, {score(lost['high'])}]"
+
+
+def ratio(speedup: Mapping[str, Any] | None) -> str:
+    """``2.41x [2.35, 2.47] faster``."""
+    if speedup is None:
+        return MISSING
+    bounds = [speedup["low"], speedup["high"]]
+    if None in bounds:
+        return f"{speedup['value']:.2f}x {speedup['verdict']}"
+    # A bound that rounds to 1.00 would seem to contradict the verdict beside it.
+    digits = 3 if "1.00" in [f"{bound:.2f}" for bound in bounds] else 2
+    low, high = (f"{bound:.{digits}f}" for bound in bounds)
+    return f"{speedup['value']:.{digits}f}x [{low}, {high}] {speedup['verdict']}"
+
+
+# What the document says.
+
+
+def target_of(record: Mapping[str, Any]) -> Target:
+    """The target that a measurement, or anything else with the four fields, speaks of."""
+    return Target(record["runtime"], record["provider"], record["batch"], record["threads"])
+
+
+def label(target: Target) -> str:
+    """The target in words; the runtime only where it is not the usual one."""
+    return str(target) if target.runtime == Target.runtime else f"{target}, {target.runtime}"
+
+
+def targets(document: Document) -> list[Target]:
+    """Every target of the document, in order."""
+    return list(dict.fromkeys(target_of(row) for row in document["measurements"]))
+
+
+def primary(document: Document) -> Target | None:
+    """The target that the best artifact was chosen for; ``None`` where there is none at all."""
+    if document.get("primary"):
+        return target_of(document["primary"])
+    chosen = (target_of(row) for row in document["measurements"] if row.get("primary"))
+    return next(chosen, next(iter(targets(document)), None))
+
+
+def measured(document: Document, target: Target | None) -> dict[str, Mapping[str, Any]]:
+    """Artifact name to its measurement on ``target``, where there is one."""
+    return {
+        row["artifact"]: row
+        for row in document["measurements"]
+        if "skipped" not in row and target_of(row) == target
+    }
+
+
+def metric_of(document: Document) -> str:
+    """The metric's own name."""
+    return document["task"]["metric"] or "accuracy"
+
+
+# Tables.
+
+
+def render(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool, left: int = 1
+) -> str:
+    """The cells ruled; the first ``left`` columns are words, the others numbers."""
+    from tabulate import tabulate
+
+    return tabulate(
+        rows,
+        headers=header,
+        tablefmt="pipe" if markdown else "simple",
+        disable_numparse=True,
+        colalign=["left" if at < left else "right" for at in range(len(header))],
+    )
+
+
+def variant(artifact: Mapping[str, Any], *, markdown: bool) -> str:
+    """The artifact's name; the recommended one stands out."""
+    if not markdown:
+        return f"{plain(artifact['name'])} *" if artifact["best"] else plain(artifact["name"])
+    name = escaped(artifact["name"])
+    return f"**{name}** ★" if artifact["best"] else name
+
+
+def table(document: Document, target: Target | None, *, markdown: bool = False) -> str:
+    """One row for each artifact, with its costs on ``target``."""
+    metric, rows = metric_of(document), []
+    found = measured(document, target)
+    for artifact in document["artifacts"]:
+        accuracy = artifact["accuracy"]
+        row = found.get(artifact["name"], {})
+        latency = row.get("latency_ms", {})
+        rows.append(
+            [
+                variant(artifact, markdown=markdown),
+                score(accuracy.get(metric)),
+                drop(accuracy),
+                size(artifact["size_bytes"]),
+                count(artifact["params"]),
+                count(artifact["macs"]),
+                milliseconds(latency.get("p50")),
+                milliseconds(latency.get("p90")),
+                count(row.get("throughput_per_s")),
+                size(row.get("peak_rss_bytes")),
+                ratio(row.get("speedup")),
+            ]
+        )
+    header = [
+        "variant",
+        escaped(metric) if markdown else plain(metric),
+        "drop [95 %]",
+        "size",
+        "params",
+        "MACs",
+        "p50 ms",
+        "p90 ms",
+        "inferences/s",
+        "peak memory",
+        "speed-up",
+    ]
+    return render(header, rows, markdown=markdown)
+
+
+def further(document: Document, *, markdown: bool = False) -> str:
+    """p50 in ms, and the speed-up, on every measured target but the primary one; may be empty."""
+    show: Text = escaped if markdown else plain
+    columns = {
+        target: measured(document, target)
+        for target in targets(document)
+        if target != primary(document) and measured(document, target)
+    }
+    if not columns:
+        return ""
+
+    def cell(row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return MISSING
+        speedup = row["speedup"]
+        gain = f" ({speedup['value']:.2f}x {speedup['verdict']})" if speedup else ""
+        return milliseconds(row["latency_ms"]["p50"]) + gain
+
+    rows = [
+        [variant(artifact, markdown=markdown)]
+        + [cell(found.get(artifact["name"])) for found in columns.values()]
+        for artifact in document["artifacts"]
+    ]
+    header = ["p50 ms", *(show(label(target)) for target in columns)]
+    return render(header, rows, markdown=markdown)
+
+
+def footnotes(document: Document) -> list[str]:
+    """What could not be done or is doubtful, one line for each reason, not yet escaped."""
+    whole = [artifact["name"] for artifact in document["artifacts"]]
+    grouped: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for reason, where, artifact in _remarks(document):
+        places, names = grouped.setdefault(plain(reason), ({}, {}))
+        places[where] = names[artifact] = None
+
+    def among(names: Mapping[str, None]) -> str:
+        every = len(names) > 1 and set(names) >= set(whole)
+        listed = "all variants" if every else ", ".join(name for name in names if name)
+        return f" ({listed})" if listed else ""
+
+    return [
+        f"{'; '.join(places)}: {reason}{among(names)}"
+        for reason, (places, names) in grouped.items()
+    ]
+
+
+def _remarks(document: Document) -> Iterator[tuple[str, str, str]]:
+    """(reason, what or where, artifact) of everything skipped, then of everything noisy."""
+    for stage in document["stages"]:
+        if stage.get("skipped"):
+            yield f"skipped: {stage['skipped']}", stage["stage"], stage.get("artifact") or ""
+    for artifact in document["artifacts"]:
+        if "skipped" in artifact["accuracy"]:
+            reason = artifact["accuracy"]["skipped"]
+            yield f"not measured: {reason}", metric_of(document), artifact["name"]
+    for row in document["measurements"]:
+        if "skipped" in row:
+            yield f"not measured: {row['skipped']}", label(target_of(row)), row["artifact"]
+    for row in document["measurements"]:
+        for flag in row.get("noise", ()):
+            yield f"noisy: {flag}", label(target_of(row)), row["artifact"]

@@ -1,0 +1,77 @@
+"""One verb a file. A stage is a plain function, and its signature is the schema of its settings.
+
+``stage(artifact, task, into, *, settings...) -> Artifact``: it loads its own copy of ``artifact``,
+changes it freely and writes the next one to ``into`` plus the suffix of its form. The annotation
+of ``artifact`` (:data:`~compressor.artifact.Torch` or :data:`~compressor.artifact.Onnx`) says which
+form it takes; the runner exports where it has to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
+
+from compressor.artifact import Artifact
+from compressor.errors import InputError
+from compressor.recipe import Recipe, Step
+from compressor.stages.distill import distill
+from compressor.stages.export import export
+from compressor.stages.prune import prune
+from compressor.stages.quantize import quantize
+
+Stage = Callable[..., Artifact]
+
+STAGES: dict[str, Stage] = {
+    "prune": prune,
+    "distill": distill,
+    "export": export,
+    "quantize": quantize,
+}
+
+
+def form_taken(stage: Stage) -> str:
+    """``"torch"`` or ``"onnx"``: what the stage's signature says of its artifact."""
+    return str(get_args(get_type_hints(stage, include_extras=True)["artifact"])[1])
+
+
+def bound(step: Step) -> Step:
+    """The step with every setting validated against its stage's signature, defaults filled in.
+
+    Raises :class:`InputError` with the step, the setting, the value seen and what is allowed.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if step.stage not in STAGES:
+        raise InputError(f"stage {step.stage!r} is unknown: choose from {', '.join(STAGES)}")
+    stage = STAGES[step.stage]
+    hints = get_type_hints(stage, include_extras=True)
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(stage).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for name in step.settings:
+        if name not in known:
+            raise InputError(
+                f"step {step.name!r}: {step.stage} has no setting {name!r}; "
+                f"it has {', '.join(known)}"
+            )
+    settings: dict[str, Any] = {}
+    for name, default in known.items():
+        if name not in step.settings and default is inspect.Parameter.empty:
+            raise InputError(f"step {step.name!r}: {step.stage} needs the setting {name!r}")
+        value = step.settings.get(name, default)
+        try:
+            settings[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"]
+            said = said[0].lower() + said[1:]
+            raise InputError(f"step {step.name!r}: {name} = {value!r}: {said}") from None
+    return replace(step, settings=settings)
+
+
+def bind(recipe: Recipe) -> Recipe:
+    """Every step bound, before any work starts."""
+    return tuple(bound(step) for step in recipe)

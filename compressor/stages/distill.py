@@ -1,0 +1,88 @@
+"""Recovery: fine-tuning with distillation from the original model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compressor.artifact import Torch
+from compressor.errors import Unsuitable
+from compressor.loading import torchfile
+from compressor.loading.task import first
+from compressor.stages.losses import LOSSES
+from compressor.stages.training import fit
+from compressor.task import Task
+
+EXAMPLES = 60_000
+"""Without ``epochs``: so many that about this many examples are seen ..."""
+
+MOST_EPOCHS = 60
+"""... but never more than this."""
+
+
+def distill(
+    artifact: Torch,
+    task: Task,
+    into: Path,
+    *,
+    epochs: Annotated[int, Field(ge=1)] | None = None,
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3,
+    batch_size: Annotated[int, Field(ge=1)] = 64,
+    loss: Literal["distill", "labels"] = "distill",
+    temperature: Annotated[float, Field(gt=0)] = 4.0,
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
+) -> Torch:
+    """Trains on, with ``weight`` on the teacher's outputs and the rest on labels.
+
+    The teacher is the task's original model (Hinton et al. 2015; outputs are matched by squared
+    error where the task is a regression). ``loss = "labels"`` is plain fine-tuning. ``epochs`` of
+    ``None`` means as many as show about 60,000 examples, 1 to 60. The weights that do best on the
+    validation split stay.
+
+    Raises :class:`Unsuitable` without data.
+    """
+    if task.splits is None:
+        raise Unsuitable("no data to train on: add --data SPEC")
+    resolved = epochs or max(1, min(MOST_EPOCHS, math.ceil(EXAMPLES / len(task.splits.train))))
+    share = weight if loss == "distill" else 0.0
+    teacher = task.model().eval()
+    model, edits = torchfile.open_model(artifact, task)
+    labels, imitation = LOSSES[task.kind]
+
+    def combined(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        value = labels(outputs, targets)
+        if share:
+            with torch.inference_mode():
+                goal = first(teacher(*inputs))
+            value = (1 - share) * value + share * imitation(outputs, goal.clone(), temperature)
+        return value
+
+    history = fit(
+        model,
+        task.splits,
+        combined,
+        kind=task.kind,
+        metric=task.metric,
+        epochs=resolved,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=task.seed,
+    )
+    path = into.with_name(into.name + torchfile.SUFFIX)
+    found = torchfile.header(artifact.path)
+    assert found is not None
+    torchfile.write(path, model, found["source"], edits)
+    settings = {
+        "epochs": resolved,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "loss": loss,
+        "temperature": temperature,
+        "weight": weight,
+    }
+    return artifact.then(path, "torch", "distill", settings, history=history)

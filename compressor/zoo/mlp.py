@@ -1,0 +1,22 @@
+"""A multilayer perceptron for tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from compressor.zoo.argument import Size
+
+
+def mlp(features: Size, outputs: Size, hidden: Sequence[Size] = (64, 64)) -> nn.Module:
+    """Linear layers with ReLU between: float32 ``(batch, features)`` to ``(batch, outputs)``.
+
+    ``hidden`` are the widths in between; none makes it a linear model.
+    """
+    widths = (features, *hidden)
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
