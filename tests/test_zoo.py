@@ -32,6 +32,10 @@ EXPORT_WARNINGS = (
 )
 SLOW_EXPORTS = ("resnet50", "resnet56", "mobilenet_v2")
 
+# Untrained, ResNet-50 amplifies rounding: torch in float32 is itself 0.7e-4 to 2.1e-4 away from
+# torch in float64 (three seeds), onnxruntime as far, and the two roundings add up.
+TOLERANCE = {"resnet50": 5e-4}
+
 every_model = pytest.mark.parametrize("name", zoo.MODELS)
 
 
@@ -145,7 +149,7 @@ def test_exports_with_any_batch(name: str) -> None:
         with torch.no_grad():
             expected = model(x).numpy()
         (seen,) = session.run(None, {given.name: x.numpy()})
-        np.testing.assert_allclose(seen, expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(seen, expected, rtol=0, atol=TOLERANCE.get(name, 1e-4))
         # Otherwise a model that ignores its input would pass.
         assert batch == 1 or np.ptp(expected, axis=0).max() > 1e-3
 

@@ -86,24 +86,26 @@ def noise_floor(first: Blocks, second: Blocks, seed: int = 0) -> float:
     return math.exp(max(abs(math.log(ratio["low"])), abs(math.log(ratio["high"])))) - 1
 
 
+SPREAD, DRIFT = 0.25, 0.10
+
+
 def noise_flags(blocks: Blocks) -> list[str]:
     """What makes these samples doubtful, each with its remedy; empty when nothing does."""
     values = np.concatenate([np.asarray(block, dtype=float) for block in blocks])
     low, middle, high = np.percentile(values, [25, 50, 75])
     flags = []
-    if (high - low) / middle > 0.15:
+    if (high - low) / middle > SPREAD:
         flags.append(
-            f"spread: the middle half spans {(high - low) / middle:.0%} of the median; "
-            "close other programs"
+            f"spread: the middle half spans over {SPREAD:.0%} of the median; close other programs"
         )
     medians = np.array([np.median(block) for block in blocks])
-    if len(medians) >= 4:
-        half = len(medians) // 2
+    half = len(medians) // 2
+    if half >= 2:
         drift = float(np.median(medians[half:]) / np.median(medians[:half]) - 1)
-        if abs(drift) > 0.05:
-            flags.append(f"drift: {drift:+.0%} from first to second half; let the machine settle")
+        if abs(drift) > DRIFT:
+            flags.append(f"drift: the halves differ by over {DRIFT:.0%}; let the machine settle")
     if len(values) < ENOUGH["p90"]:
-        flags.append(f"few samples: {len(values)}; give it longer with --bench-time normal")
+        flags.append("few samples; give it longer with --bench-time normal")
     return flags
 
 

@@ -67,8 +67,8 @@ def exported(model: nn.Module, task: Task, opset: int) -> Any:
     level = noise.level
     noise.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations, not the user's
+        # The exporter's own deprecations are not the user's; gradients slow it down.
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 examples,

@@ -38,8 +38,9 @@ class Entry:
 
 
 # Slow ones, seconds per epoch on 2 shared cores: vgg16 16, resnet18 14, resnet50 12,
-# mobilenet_v2 11, resnet56 2.4. The statistics of their many BatchNorms settle after some
-# hundred steps only: after one or two epochs the loss is low and the accuracy still chance.
+# mobilenet_v2 11, resnet56 2 to 3; several times that where others use the cores. Only one epoch
+# of vgg16 and resnet50 was tried: their epochs are estimates. The statistics of the many
+# BatchNorms settle late: after one or two epochs the loss is low and the accuracy still chance.
 MODELS: dict[str, Entry] = {
     "mlp": Entry("mlp:mlp", "table", "breast-cancer", epochs=10),
     "cnn": Entry("cnn:cnn", "image", "digits", epochs=20),

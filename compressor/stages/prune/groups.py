@@ -43,8 +43,7 @@ def traced(model: nn.Module, examples: Inputs) -> Any:
     import torch_pruning
 
     model.requires_grad_(True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # raw parameters are found and refused below
+    with warnings.catch_warnings(action="ignore"):  # of raw parameters, which are refused below
         try:
             return torch_pruning.DependencyGraph().build_dependency(
                 model, example_inputs=tuple(map(torch.from_numpy, examples)), verbose=False

@@ -5,7 +5,6 @@ The best is chosen on the validation split and judged on the test split.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,9 @@ from compressor.task import Array, Splits, Task
 
 Row = dict[str, Any]
 
+Outputs = Mapping[str, Mapping[str, Array]]
+"""Artifact name -> split name -> the first output on the whole split."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -39,7 +41,7 @@ def rows(observed: Observed, target: Target, task: Task, primary: bool) -> list[
     for one in observed.measurements:
         by_artifact.setdefault(one.artifact, {})[one.quantity] = one
     reference = by_artifact.get(BASELINE, {}).get("latency_ms")
-    floor = floor_of(by_artifact)
+    floor = floor_of(observed)
     found = []
     for name, quantities in by_artifact.items():
         if name == CONTROL:
@@ -53,24 +55,29 @@ def rows(observed: Observed, target: Target, task: Task, primary: bool) -> list[
             row[quantity] = QUANTITIES[quantity].figure(measurement.values)
         blocks = quantities["latency_ms"].values
         row["primary"] = primary
-        row["speedup"] = _speedup(name, reference, blocks, floor, task.seed)
+        row["speedup"] = _speedup(
+            name, reference, blocks, floor["value"] if floor else 0.0, task.seed
+        )
         row["noise"] = noise_flags(blocks)
-        row["accuracy"], row["fidelity"] = None, None
         found.append(row)
     return found
 
 
-def floor_of(by_artifact: Mapping[str, Mapping[str, Measurement]]) -> float | None:
-    """The noise floor: the baseline against its control; ``None`` where one of them is missing."""
-    both = [by_artifact.get(name, {}).get("latency_ms") for name in (BASELINE, CONTROL)]
-    if any(one is None or one.skipped for one in both):
+def floor_of(observed: Observed) -> Row | None:
+    """``{"value", "n"}``: how far the baseline and its control seem to differ; ``None`` without."""
+    blocks = {
+        one.artifact: one.values
+        for one in observed.measurements
+        if one.quantity == "latency_ms" and not one.skipped
+    }
+    if BASELINE not in blocks or CONTROL not in blocks:
         return None
-    first, second = (one.values for one in both if one is not None)
-    return noise_floor(first, second)
+    both = blocks[BASELINE], blocks[CONTROL]
+    return {"value": noise_floor(*both), "n": sum(map(len, both[1]))}
 
 
 def _speedup(
-    name: str, reference: Measurement | None, blocks: Blocks, floor: float | None, seed: int
+    name: str, reference: Measurement | None, blocks: Blocks, floor: float, seed: int
 ) -> Row | None:
     if reference is None or reference.skipped:
         return None
@@ -78,48 +85,58 @@ def _speedup(
         ratio = {"value": 1.0, "low": 1.0, "high": 1.0}
         return {"versus": BASELINE, **ratio, "verdict": "same"}
     ratio = speedup(reference.values, blocks, seed)
-    said = verdict(ratio["low"], ratio["high"], floor or 0.0)
+    said = verdict(ratio["low"], ratio["high"], floor)
     return {"versus": BASELINE, **ratio, "verdict": said}
 
 
-def judged(task: Task, outputs: Mapping[str, Mapping[str, Array]], name: str, split: str) -> Row:
-    """``{metric: value, ..., "n", "drop"}`` of one artifact on one split.
+def judged(task: Task, outputs: Outputs, name: str, split: str) -> tuple[Row, Row | None]:
+    """The ``accuracy`` and ``fidelity`` fields of one artifact on one split.
 
-    ``drop`` is against the baseline on the same examples, for the task's metric.
+    ``{metric: value, ..., "n", "drop"}``, where ``drop`` is against the baseline on the same
+    examples for the task's metric; a reason where there is nothing. Without data, fidelity is on
+    made-up inputs.
     """
-    targets = targets_of(task, split)
-    found: Row = {}
-    for metric, how in METRICS[task.kind].items():
-        found[metric] = float(how.score(outputs[name][split], targets).mean())
-    how = METRICS[task.kind][task.metric]
-    found["n"] = len(targets)
-    if BASELINE not in outputs:
-        return {**found, "drop": None}
-    scores = [how.score(outputs[one][split], targets) for one in (BASELINE, name)]
-    lost = drop(*scores, higher_is_better=how.higher_is_better, seed=task.seed)
-    if name == BASELINE:
-        lost = {"value": 0.0, "low": 0.0, "high": 0.0}
-    return {**found, "drop": lost}
-
-
-def targets_of(task: Task, split: str) -> Array:
-    """The targets of a whole split, shape ``(n, ...)``."""
-    assert isinstance(task.splits, Splits)
-    return np.concatenate([targets for _, targets in getattr(task.splits, split).batches(4096)])
-
-
-def accuracy_and_fidelity(
-    task: Task, outputs: Mapping[str, Mapping[str, Array]], name: str, split: str
-) -> tuple[Row, Row | None]:
-    """An artifact's ``accuracy`` and ``fidelity`` fields; a reason where there is nothing."""
-    if name not in outputs or split not in outputs[name]:
+    on = split if task.splits else "synthetic"
+    if name not in outputs or on not in outputs[name]:
         return {"skipped": "its outputs could not be taken"}, None
-    near = None
-    if BASELINE in outputs:
-        near = fidelity(task.kind, outputs[BASELINE][split], outputs[name][split])
+    got, wanted = outputs[name][on], outputs.get(BASELINE, {}).get(on)
+    near = None if wanted is None else fidelity(task.kind, wanted, got)
     if task.splits is None:
         return {"skipped": "no data"}, near
-    return judged(task, outputs, name, split), near
+    targets = targets_of(task.splits, split)
+    found: Row = {
+        metric: float(how.score(got, targets).mean()) for metric, how in METRICS[task.kind].items()
+    }
+    how = METRICS[task.kind][task.metric]
+    lost: Row | None = None
+    if name == BASELINE:
+        lost = {"value": 0.0, "low": 0.0, "high": 0.0}
+    elif wanted is not None:
+        scores = (how.score(one, targets) for one in (wanted, got))
+        lost = drop(*scores, higher_is_better=how.higher_is_better, seed=task.seed)
+    return {**found, "n": len(targets), "drop": lost}, near
+
+
+def as_run(task: Task, outputs: Outputs, name: str) -> Row:
+    """The same two fields as a measurement has them: without the drop, ``None`` for a reason."""
+    accuracy, near = judged(task, outputs, name, "test")
+    if "skipped" in accuracy:
+        return {"accuracy": None, "fidelity": near}
+    return {
+        "accuracy": {key: value for key, value in accuracy.items() if key != "drop"},
+        "fidelity": near,
+    }
+
+
+def targets_of(splits: Splits, split: str) -> Array:
+    """The targets of a whole split, shape ``(n, ...)``."""
+    return np.concatenate([targets for _, targets in getattr(splits, split).batches(4096)])
+
+
+def within(accuracy: Row, budget: float) -> bool:
+    """Whether an ``accuracy`` field holds the budget by its point estimate."""
+    lost = accuracy.get("drop")
+    return lost is not None and lost["value"] <= budget
 
 
 def choose(
@@ -197,19 +214,21 @@ def _praise(task: Task, best: str, row: Row, lost: Row, max_drop: float) -> str:
     )
     unit = "" if METRICS[task.kind][task.metric].higher_is_better else " (relative)"
     return (
-        f"{best} is recommended: {speed}, with a {task.metric} drop{unit} of {lost['value']:.4f} "
+        f"{best} is recommended: {speed}, for a drop in {task.metric}{unit} of {lost['value']:.4f} "
         f"[{lost['low']:.4f}, {lost['high']:.4f}] against a budget of {max_drop:g}; {proven}."
     )
 
 
-def best_on(found: Sequence[Row], allowed: Sequence[str]) -> str | None:
-    """The artifact of ``allowed`` with the least median latency among these rows."""
-    fast = [row for row in found if "skipped" not in row and row["artifact"] in allowed]
-    fast = [row for row in fast if not row["speedup"] or row["speedup"]["verdict"] != "slower"]
+def best_on(rows: Sequence[Row], target: Target, allowed: Sequence[str]) -> str | None:
+    """The artifact of ``allowed`` with the least median latency on ``target``, if not slower."""
+    here = target.to_json().items()
+    fast = [
+        row
+        for row in rows
+        if "skipped" not in row
+        and row["artifact"] in allowed
+        and here <= row.items()
+        and not (row["speedup"] and row["speedup"]["verdict"] == "slower")
+    ]
     least = min(fast, key=lambda row: row["latency_ms"]["p50"], default=None)
     return least["artifact"] if least else None
-
-
-def finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None

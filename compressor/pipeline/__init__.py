@@ -1,0 +1,213 @@
+"""The run: a recipe's steps turn one artifact into the next, and every one is measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor import recipe as recipes
+from compressor.artifact import Artifact, digest, replacing, write_text
+from compressor.errors import InputError
+from compressor.loading import task as tasks
+from compressor.loading.checkpoint import state_digest
+from compressor.measure.environment import cores
+from compressor.measure.protocol import SECONDS
+from compressor.measure.runtime import SETTINGS
+from compressor.measurement import PROVIDERS, Target
+from compressor.pipeline.document import SAMPLES, document, write_samples
+from compressor.pipeline.folder import Folder, key_of
+from compressor.pipeline.making import Maker
+from compressor.pipeline.measuring import measure
+from compressor.recipe import Recipe, Step
+from compressor.report import Report
+from compressor.stages import bind
+from compressor.task import Kind, Splits
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MAX_DROP = 0.01
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """A progress that shows nothing."""
+
+
+def run(
+    model: str | Path | nn.Module,
+    *,
+    data: Any = None,
+    arch: Any = None,
+    recipe: str | Path | Sequence[Step] | None = None,
+    prune: float | None = None,
+    keep: Sequence[str] = (),
+    epochs: int | None = None,
+    distill: bool = True,
+    quantize: str | None = None,
+    max_drop: float | None = None,
+    metric: str | None = None,
+    kind: Kind | None = None,
+    provider: Sequence[str] = ("cpu", "cuda"),
+    batch: Sequence[int] = (1,),
+    threads: Sequence[int] | None = None,
+    bench_time: str = "quick",
+    out: str | Path | None = None,
+    fresh: bool = False,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress = silent,
+) -> Report:
+    """Compresses ``model``, measures every artifact of the way and gives the report.
+
+    ``model`` is a path or a live ``nn.Module`` (which is copied, never changed). ``data`` is a data
+    spec, ``(train, test)`` DataLoaders, datasets or arrays, or a dict of splits. The other
+    arguments are the flags of ``compressor run``; see its ``--help``. The report and all artifacts
+    lie in ``out``, by default ``reports/<name>``.
+
+    Raises :class:`InputError` before any work when an argument is wrong, :class:`StageError` when a
+    stage fails (artifacts finished before it are kept and reused by the next run).
+    """
+    began = time.monotonic()
+    targets = targets_of(provider, batch, threads)
+    if bench_time not in SECONDS:
+        raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+    if max_drop is not None and not 0 <= max_drop < float("inf"):
+        raise InputError(f"--max-drop {max_drop!r}: give a number of 0 or more, such as 0.01")
+    steps = plan(recipe, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize)
+    task = tasks(model, data=data, arch=arch, metric=metric, kind=kind, seed=seed)
+    state = state_digest(task.model().state_dict())
+    data_digest = _data_digest(task.splits)
+    fingerprint = key_of(
+        model=state,
+        source=task.source,
+        data=data_digest,
+        recipe=[step.to_json() for step in steps],
+        targets=[target.to_json() for target in targets],
+        bench_time=bench_time,
+        max_drop=max_drop,
+        metric=task.metric,
+        seed=seed,
+    )
+    path = Path(out) if out is not None else Path("reports") / task.name
+    folder, stored = Folder.open(path, fingerprint, command, fresh=fresh)
+    if stored is not None:
+        return replace(stored, stored=True)
+    done, total = 0, len(steps) + 2 + len(targets)
+
+    def say(text: str) -> None:
+        nonlocal done
+        progress(done, total, text)
+        done += 1
+
+    loading = round(time.monotonic() - began, 3)
+    maker = Maker(task, folder, data_digest, say)
+    maker.stages.append(
+        {"stage": "load", "seconds": loading, "peak_rss_bytes": None, "cached": False}
+    )
+    maker.execute(steps)
+    measured = measure(
+        task,
+        list(maker.onnx.values()),
+        maker.skipped,
+        targets,
+        SECONDS[bench_time],
+        say,
+        lambda text: progress(done - 1, total, text),
+    )
+    say("report")
+    found = document(task, maker, measured, targets, MAX_DROP if max_drop is None else max_drop)
+    command = command or f"compressor.run({task.name}, ...)"
+    write_samples(folder.path / SAMPLES, measured.raw)
+    write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
+    _write_best(folder.path, maker.onnx[found["best"]], targets[0])
+    report = Report(
+        {
+            "schema": 1,
+            "name": task.name,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "fingerprint": fingerprint,
+            "model": {
+                "path": Path(model).name if isinstance(model, str | Path) else None,
+                "sha256": digest(Path(model)) if isinstance(model, str | Path) else state,
+            },
+            **found,
+        },
+        folder.path,
+    )
+    report.save()
+    return report
+
+
+def plan(
+    recipe: str | Path | Sequence[Step] | None = None,
+    *,
+    prune: float | None = None,
+    keep: Sequence[str] = (),
+    epochs: int | None = None,
+    distill: bool = True,
+    quantize: str | None = None,
+) -> Recipe:
+    """The steps of a recipe after the flags, named and bound: what ``--dry-run`` prints."""
+    if epochs is not None and epochs < 0:
+        raise InputError(f"--epochs {epochs}: give 0 (no recovery) or more")
+    given = recipes.read(Path(recipe)) if isinstance(recipe, str | Path) else list(recipe or ())
+    edited = recipes.edited(
+        given, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize
+    )
+    return bind(recipes.named(edited))
+
+
+def targets_of(
+    provider: Sequence[str], batch: Sequence[int], threads: Sequence[int] | None
+) -> list[Target]:
+    """Every combination, the primary target first. Threads default to 1 and all cores."""
+    chosen = list(dict.fromkeys(threads if threads is not None else (1, cores())))
+    for name in provider:
+        if name not in PROVIDERS:
+            raise InputError(f"--provider {name!r} is unknown: choose from {', '.join(PROVIDERS)}")
+    for flag, values in (("--batch", batch), ("--threads", chosen)):
+        for value in values:
+            if value < 1:
+                raise InputError(f"{flag} {value}: give 1 or more")
+    if not (provider and batch and chosen):
+        raise InputError("--provider, --batch and --threads each need at least one value")
+    found = []
+    for name in dict.fromkeys(provider):
+        # Threads are CPU threads: a GPU is measured with the first count only.
+        counts = chosen if name == "cpu" else chosen[:1]
+        found += [
+            Target("onnxruntime", name, size, count)
+            for size in dict.fromkeys(batch)
+            for count in counts
+        ]
+    return found
+
+
+def _data_digest(splits: Splits | None) -> str:
+    if splits is None:
+        return ""
+    parts = (splits.train, splits.validate, splits.calibrate, splits.test)
+    return key_of(parts=[part.digest() for part in parts])
+
+
+def _write_best(folder: Path, best: Artifact, primary: Target) -> None:
+    """``best.onnx``, and beside it the settings under which it was measured."""
+    path = folder / "best.onnx"
+    with replacing(path) as beside:
+        shutil.copyfile(best.path, beside)
+    said = {
+        "artifact": best.name,
+        "sha256": best.digest,
+        "provider": primary.provider,
+        "threads": primary.threads,
+        "settings": SETTINGS,
+    }
+    write_text(path.with_suffix(".json"), json.dumps(said, indent=1) + "\n")

@@ -1,0 +1,128 @@
+"""``report.json``: what was made and measured, as the contract has it (schema 1)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact import replacing
+from compressor.loading import torchfile
+from compressor.measure import counting
+from compressor.measure.environment import environment
+from compressor.measure.runtime import SETTINGS
+from compressor.measurement import Measurement, Target
+from compressor.metrics import METRICS
+from compressor.pipeline import verdict
+from compressor.pipeline.making import Maker
+from compressor.pipeline.measuring import Measured
+from compressor.pipeline.verdict import Choice, Outputs, Row
+from compressor.recipe import BASELINE
+from compressor.task import Task
+
+SAMPLES = "samples.json.gz"
+
+
+def document(
+    task: Task,
+    maker: Maker,
+    measured: Measured,
+    targets: Sequence[Target],
+    budget: float,
+) -> dict[str, Any]:
+    """The report, but for what only the caller knows (name, command, date, model)."""
+    # Accuracy is judged where the primary target runs, or else on the first provider that ran.
+    outputs: Outputs = next(iter(measured.outputs.values()), {})
+    names = list(maker.onnx)
+    fields = {name: verdict.judged(task, outputs, name, "test") for name in names}
+    validated = {name: verdict.judged(task, outputs, name, "validate")[0] for name in names}
+    choice = verdict.choose(
+        task,
+        names,
+        [row for row in measured.rows if row["primary"]],
+        validated,
+        {name: accuracy for name, (accuracy, _) in fields.items()},
+        budget,
+    )
+    allowed = [name for name in names if verdict.within(validated[name], budget)]
+    return {
+        "environment": {
+            **environment(),
+            "providers": measured.providers,
+            "threads": {"spinning": SETTINGS["session.intra_op.allow_spinning"] == "1"},
+            "noise_floor": measured.floors.get(targets[0]),
+        },
+        "recipe": [step.to_json() for step in maker.resolved],
+        "task": {
+            "name": task.name,
+            "kind": task.kind,
+            "data": task.data,
+            "splits": task.splits.sizes() if task.splits else None,
+            "metric": task.metric,
+            "higher_is_better": METRICS[task.kind][task.metric].higher_is_better,
+        },
+        "artifacts": [_artifact(maker, name, choice, *fields[name], budget) for name in names],
+        "measurements": measured.rows,
+        "best_per_target": [
+            {**target.to_json(), "artifact": found}
+            for target in targets
+            if (found := verdict.best_on(measured.rows, target, allowed or [BASELINE]))
+        ],
+        "primary": targets[0].to_json(),
+        "max_drop": budget,
+        "budget_held": choice.held,
+        "best": choice.best,
+        "recommendation": choice.sentence,
+        "warnings": maker.warnings,
+        "stages": maker.stages + measured.stages,
+        "samples": SAMPLES,
+        "finished": True,
+    }
+
+
+def _artifact(
+    maker: Maker, name: str, choice: Choice, accuracy: Row, fidelity: Row | None, budget: float
+) -> Row:
+    made = maker.onnx[name]
+    model, _ = torchfile.open_model(maker.float_of(name), maker.task)
+    lost = accuracy.get("drop")
+
+    def relative(path: Path) -> str:
+        return path.relative_to(maker.folder.path).as_posix()
+
+    return {
+        "name": name,
+        "path": relative(made.path),
+        "sha256": made.digest,
+        "form": made.form,
+        "source": relative(made.source) if made.source else None,
+        "steps": list(made.steps),
+        "size_bytes": made.size_bytes,
+        "params": counting.params(model),
+        "macs": counting.macs(model, maker.task.examples(1)),
+        "best": name == choice.best,
+        "within_budget": None if lost is None else lost["value"] <= budget,
+        "proven": None if lost is None else lost["high"] <= budget,
+        "accuracy": accuracy,
+        "fidelity": fidelity,
+    }
+
+
+def write_samples(path: Path, raw: Sequence[Measurement]) -> None:
+    """Every raw value that was measured, as compressed JSON."""
+    lines = [
+        {
+            "artifact": one.artifact,
+            **one.target.to_json(),
+            "quantity": one.quantity,
+            "unit": one.unit,
+            "warmup": one.warmup,
+            "values": one.values,
+            "skipped": one.skipped,
+        }
+        for one in raw
+    ]
+    with replacing(path) as beside:
+        beside.write_bytes(gzip.compress(json.dumps(lines).encode(), mtime=0))

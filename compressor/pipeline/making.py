@@ -1,0 +1,169 @@
+"""From steps to artifacts: each stage runs once, and what an earlier run finished is reused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact import Artifact
+from compressor.errors import CompressorError, InputError, StageError, Unsuitable, one_line
+from compressor.loading import torchfile
+from compressor.measure.environment import versions
+from compressor.measure.worker import peak_rss_bytes
+from compressor.pipeline.folder import Folder, key_of
+from compressor.recipe import BASELINE, Recipe, Step
+from compressor.stages import STAGES, form_taken
+from compressor.task import Task
+
+NO_DATA = (
+    "no data: nothing was fine-tuned and no accuracy was measured; fidelity is on made-up inputs "
+    "(add --data SPEC)"
+)
+
+
+class Maker:
+    """Runs the steps of a recipe for one task, in one folder.
+
+    ``torch`` and ``onnx`` hold what was made, by name; ``skipped`` why a step made nothing;
+    ``resolved`` the steps with the settings that they really used; ``stages`` and ``warnings``
+    what the report says of it all. ``say`` is called with what begins.
+    """
+
+    def __init__(
+        self, task: Task, folder: Folder, data_digest: str, say: Callable[[str], None]
+    ) -> None:
+        self.task = task
+        self.folder = folder
+        self.say = say
+        self.torch: dict[str, Artifact] = {}
+        self.onnx: dict[str, Artifact] = {}
+        self.skipped: dict[str, str] = {}
+        self.resolved: list[Step] = []
+        self.stages: list[dict[str, Any]] = []
+        self.warnings: list[str] = [] if task.splits else [NO_DATA]
+        self._common = {"data": data_digest, "seed": task.seed, "versions": versions()}
+
+    def execute(self, steps: Recipe) -> None:
+        """Writes the baseline, then runs the steps in order; torch results are exported as well.
+
+        Raises :class:`StageError` when a stage fails; what was made before it stays remembered.
+        """
+        self.say(f"{BASELINE}: export")
+        baseline = self.folder.artifacts / f"{BASELINE}{torchfile.SUFFIX}"
+        torchfile.write(baseline, self.task.model(), self.task.source)
+        self.torch[BASELINE] = Artifact.of(baseline, "torch")
+        self._export(BASELINE)
+        for step in steps:
+            self.say(f"{step.name}: {step.stage}")
+            self._run(step)
+
+    def float_of(self, name: str) -> Artifact:
+        """The torch artifact that ``name`` is, or was exported or quantized from."""
+        while name not in self.torch:
+            name = self._origin(name)
+        return self.torch[name]
+
+    def _origin(self, name: str) -> str:
+        """What ``name`` was made from: the first in its line that was not skipped."""
+        source = next(step.source for step in self.resolved if step.name == name)
+        return self._origin(source) if source in self.skipped else source
+
+    def _run(self, step: Step) -> None:
+        form = form_taken(STAGES[step.stage])
+        source = step.source
+        if source in self.skipped:
+            if form == "torch":
+                self._skip(step, f"{source} was skipped")
+                return
+            # What is quantized is the last float model: where a cut or its recovery had nothing
+            # to do, that is the one before it.
+            source = self._origin(source)
+        held = self.torch if form == "torch" else self.onnx
+        if source not in held:
+            raise StageError(
+                f"step {step.name!r}: {step.stage} takes a {form} model, and {source!r} is not one"
+            )
+        made = self._make(step, held[source])
+        if made is None:
+            return
+        self.resolved.append(
+            replace(step, settings={**step.settings, **made.steps[-1]["settings"]})
+        )
+        (self.torch if made.form == "torch" else self.onnx)[step.name] = made
+        if made.form == "torch":
+            self._export(step.name)
+
+    def _skip(self, step: Step, reason: str) -> None:
+        self.skipped[step.name] = reason
+        self.resolved.append(step)
+        self.warnings.append(f"{step.name} was skipped: {reason}")
+
+    def _export(self, name: str) -> None:
+        made = self._make(Step("export", {}, name, name), self.torch[name])
+        assert made is not None
+        self.onnx[name] = made
+
+    def _make(self, step: Step, source: Artifact) -> Artifact | None:
+        """Runs one stage, or takes what an earlier run of the same stage left.
+
+        ``None`` when the stage has nothing to do on this model.
+        """
+        slot = f"{step.name}:{step.stage}"
+        key = key_of(source=source.digest, stage=step.stage, settings=step.settings, **self._common)
+        ready = self.folder.finished(slot, key)
+        if ready is not None:
+            made, record = ready
+        else:
+            made, record = self._made(step, source)
+            self.folder.remember(slot, key, made, **record)
+        self.stages.append(
+            {"stage": step.stage, "artifact": step.name, "cached": ready is not None, **record}
+        )
+        if made is None:
+            self._skip(step, record["skipped"])
+        return made
+
+    def _made(self, step: Step, source: Artifact) -> tuple[Artifact | None, dict[str, Any]]:
+        made = reason = None
+        with watched() as seen:
+            try:
+                made = STAGES[step.stage](
+                    source, self.task, self.folder.artifacts / step.name, **step.settings
+                )
+            except Unsuitable as error:
+                reason = str(error)
+            except InputError:
+                raise
+            except CompressorError as error:
+                raise StageError(f"step {step.name!r}: {error}") from error
+            except Exception as error:
+                raise StageError(
+                    f"step {step.name!r}: {step.stage} failed: {type(error).__name__}: "
+                    f"{one_line(error)}"
+                ) from error
+        source.checked()
+        return made, {**seen, "skipped": reason}
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """Fills in ``seconds`` and ``peak_rss_bytes`` of the block, as the kernel counted them.
+
+    The peak is of this process, ``None`` where the high-water mark cannot be set back (not Linux).
+    """
+    seen: dict[str, Any] = {"seconds": 0.0, "peak_rss_bytes": None}
+    began = time.monotonic()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        reset = True
+    except OSError:
+        reset = False
+    try:
+        yield seen
+    finally:
+        seen["seconds"] = round(time.monotonic() - began, 3)
+        seen["peak_rss_bytes"] = peak_rss_bytes() if reset else None

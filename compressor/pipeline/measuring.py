@@ -1,0 +1,116 @@
+"""From artifacts to measurements: every artifact on every target, and its outputs on the splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compressor.artifact import Artifact
+from compressor.measure import protocol
+from compressor.measure.process import Worker
+from compressor.measure.protocol import Observed, observe
+from compressor.measurement import PROVIDERS, Measurement, Target
+from compressor.pipeline import verdict
+from compressor.pipeline.making import watched
+from compressor.pipeline.verdict import Outputs, Row
+from compressor.task import Inputs, Task
+
+SYNTHETIC = 256
+"""Made-up examples on which fidelity is measured where there is no data."""
+
+
+@dataclass
+class Measured:
+    """What measuring gave. ``outputs`` are by provider, artifact and split."""
+
+    providers: list[str]
+    rows: list[Row] = field(default_factory=list)
+    raw: list[Measurement] = field(default_factory=list)
+    outputs: dict[str, Outputs] = field(default_factory=dict)
+    floors: dict[Target, dict[str, Any]] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(
+    task: Task,
+    artifacts: Sequence[Artifact],
+    skipped: Mapping[str, str],
+    targets: Sequence[Target],
+    seconds: float,
+    say: Callable[[str], None],
+    detail: Callable[[str], None],
+) -> Measured:
+    """Measures ONNX ``artifacts`` on ``targets``, the primary one first.
+
+    Outputs are taken on the first target of each provider; accuracy and fidelity do not depend on
+    batch size and threads. ``skipped`` artifacts become rows with their reason.
+    """
+    with Worker() as worker:
+        measured = Measured(worker.ask("providers")["providers"])
+    for target in targets:
+        say(f"measure on {target}")
+        with watched() as seen:
+            observed = _observe(task, artifacts, target, measured, seconds, detail)
+        measured.stages.append(
+            {"stage": "measure", "artifact": None, "cached": False, "target": str(target), **seen}
+        )
+        measured.raw += observed.measurements
+        floor = verdict.floor_of(observed)
+        if floor is not None:
+            measured.floors[target] = floor
+        primary = target == targets[0]
+        rows = verdict.rows(observed, target, task, primary)
+        for row in rows:
+            if "skipped" not in row:
+                outputs = measured.outputs.get(target.provider, {})
+                row |= verdict.as_run(task, outputs, row["artifact"])
+        measured.rows += rows
+        measured.rows += [
+            {"artifact": name, **target.to_json(), "primary": primary, "skipped": why}
+            for name, why in skipped.items()
+        ]
+    return measured
+
+
+def _observe(
+    task: Task,
+    artifacts: Sequence[Artifact],
+    target: Target,
+    measured: Measured,
+    seconds: float,
+    detail: Callable[[str], None],
+) -> Observed:
+    wanted = PROVIDERS[target.provider]
+    if wanted not in measured.providers:
+        observed = Observed()
+        for artifact in artifacts:
+            protocol.skip(observed, artifact.name, target, f"onnxruntime here has no {wanted}")
+        return observed
+    predict = {} if target.provider in measured.outputs else _whole_splits(task)
+    feed = task.splits.calibrate.head(target.batch)[0] if task.splits else task.examples(1)
+    observed = observe(
+        [artifact.checked() for artifact in artifacts],
+        target,
+        feed,
+        predict=predict,
+        seconds=seconds,
+        seed=task.seed,
+        progress=detail,
+    )
+    if predict:
+        measured.outputs[target.provider] = observed.outputs
+    return observed
+
+
+def _whole_splits(task: Task) -> dict[str, Inputs]:
+    """The inputs on which outputs are wanted, as whole arrays."""
+    if task.splits is None:
+        return {"synthetic": task.examples(SYNTHETIC)}
+    whole = {}
+    for name in ("validate", "test"):
+        batches = [inputs for inputs, _ in getattr(task.splits, name).batches(4096)]
+        whole[name] = tuple(np.concatenate(part) for part in zip(*batches, strict=True))
+    return whole
