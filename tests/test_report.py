@@ -433,8 +433,8 @@ def test_what_the_terminal_prints() -> None:
         (count(4.1e16), "41000T"),
         (size(None), "n/a"), (size(812), "812 B"), (size(45_012_000), "45.0 MB"),
         (figures(0.26123), "0.261"), (figures(0), "0"), (figures(1234.4), "1234"),
-        (figures(9.999), "10.0"), (score(0.97), "0.9700"), (score(-0.004, "+"), "-0.0040"),
-        (score(3120.4), "3120"), (score(1.2e-6), "1.2e-06"), (score(0.0, "+"), "+0.0000"),
+        (figures(9.999), "10.0"), (score(0.97), "0.9700"),
+        (score(3120.4), "3120"), (score(1.2e-6), "1.2e-06"), (score(0.0), "0.0000"),
     ],
 )  # fmt: skip
 def test_numbers(shown: str, expected: str) -> None:

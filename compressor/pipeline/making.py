@@ -24,6 +24,8 @@ NO_DATA = (
     "(add --data SPEC)"
 )
 
+NOTHING = {"seconds": 0.0, "peak_rss_bytes": None, "cached": False}
+
 
 class Maker:
     """Runs the steps of a recipe for one task, in one folder.
@@ -77,7 +79,11 @@ class Maker:
         source = step.source
         if source in self.skipped:
             if form == "torch":
-                self._skip(step, f"{source} was skipped")
+                reason = f"{source} was skipped"
+                self.stages.append(
+                    {**NOTHING, "stage": step.stage, "artifact": step.name, "skipped": reason}
+                )
+                self._skip(step, reason)
                 return
             # What is quantized is the last float model: where a cut or its recovery had nothing
             # to do, that is the one before it.
@@ -100,7 +106,6 @@ class Maker:
     def _skip(self, step: Step, reason: str) -> None:
         self.skipped[step.name] = reason
         self.resolved.append(step)
-        self.warnings.append(f"{step.name} was skipped: {reason}")
 
     def _export(self, name: str) -> None:
         made = self._make(Step("export", {}, name, name), self.torch[name])

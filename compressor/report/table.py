@@ -89,12 +89,12 @@ def milliseconds(value: float | None) -> str:
     return MISSING if value is None else figures(value)
 
 
-def score(value: float | None, sign: str = "") -> str:
+def score(value: float | None) -> str:
     """A metric: four decimals where they tell something, else four significant digits."""
     if value is None:
         return MISSING
     fixed = value == 0 or 0.001 <= abs(value) < 10
-    return f"{value:{sign}.4f}" if fixed else f"{value:{sign}.4g}"
+    return f"{value:.4f}" if fixed else f"{value:.4g}"
 
 
 def drop(accuracy: Mapping[str, Any]) -> str:
@@ -102,13 +102,15 @@ def drop(accuracy: Mapping[str, Any]) -> str:
     lost = accuracy.get("drop")
     if lost is None:
         return MISSING
-    return f"{score(lost['value'], '+')} [{score(lost['low'])}, {score(lost['high'])}]"
+    return f"{lost['value']:+.4f} [{lost['low']:.4f}, {lost['high']:.4f}]"
 
 
-def ratio(speedup: Mapping[str, Any] | None) -> str:
-    """``2.41x [2.35, 2.47] faster``."""
+def ratio(speedup: Mapping[str, Any] | None, artifact: str = "") -> str:
+    """``2.41x [2.35, 2.47] faster``; the reference itself is no faster than anything."""
     if speedup is None:
         return MISSING
+    if speedup["versus"] == artifact:
+        return "reference"
     bounds = [speedup["low"], speedup["high"]]
     if None in bounds:
         return f"{speedup['value']:.2f}x {speedup['verdict']}"
@@ -204,7 +206,7 @@ def table(document: Document, target: Target | None, *, markdown: bool = False) 
                 milliseconds(latency.get("p90")),
                 count(row.get("throughput_per_s")),
                 size(row.get("peak_rss_bytes")),
-                ratio(row.get("speedup")),
+                ratio(row.get("speedup"), artifact["name"]),
             ]
         )
     header = [
@@ -238,7 +240,8 @@ def further(document: Document, *, markdown: bool = False) -> str:
         if row is None:
             return MISSING
         speedup = row["speedup"]
-        gain = f" ({speedup['value']:.2f}x {speedup['verdict']})" if speedup else ""
+        own = speedup is None or speedup["versus"] == row["artifact"]
+        gain = "" if own else f" ({speedup['value']:.2f}x {speedup['verdict']})"
         return milliseconds(row["latency_ms"]["p50"]) + gain
 
     rows = [
@@ -271,15 +274,17 @@ def footnotes(document: Document) -> list[str]:
 
 def _remarks(document: Document) -> Iterator[tuple[str, str, str]]:
     """(reason, what or where, artifact) of everything skipped, then of everything noisy."""
+    never_made = set()
     for stage in document["stages"]:
         if stage.get("skipped"):
+            never_made.add(stage.get("artifact"))
             yield f"skipped: {stage['skipped']}", stage["stage"], stage.get("artifact") or ""
     for artifact in document["artifacts"]:
         if "skipped" in artifact["accuracy"]:
             reason = artifact["accuracy"]["skipped"]
             yield f"not measured: {reason}", metric_of(document), artifact["name"]
     for row in document["measurements"]:
-        if "skipped" in row:
+        if "skipped" in row and row["artifact"] not in never_made:
             yield f"not measured: {row['skipped']}", label(target_of(row)), row["artifact"]
     for row in document["measurements"]:
         for flag in row.get("noise", ()):
