@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact import Artifact, write_text
-from compressor.errors import InputError
+from compressor.errors import InputError, StageError
 from compressor.report import FILE, Report
 
 STATE = "run.json"
@@ -71,12 +71,14 @@ class Folder:
         if fresh:
             for name in OURS:
                 _remove(path / name)
-        path.mkdir(parents=True, exist_ok=True)
-        folder.artifacts.mkdir(exist_ok=True)
+        try:
+            folder.artifacts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
         return folder, report
 
-    def finished(self, name: str, key: str) -> tuple[Artifact | None, Mapping[str, Any]] | None:
-        """What the stage that made ``name`` left behind, if it ran with this ``key``.
+    def finished(self, name: str, key: str) -> tuple[Artifact | None, dict[str, Any]] | None:
+        """What the stage that made ``name`` left behind, and what was seen, if it had this ``key``.
 
         The files are verified by their digests; where one is gone or changed, it is made again.
         """
@@ -84,21 +86,19 @@ class Folder:
         if record is None or record["key"] != key:
             return None
         if record["artifact"] is None:
-            return None, record
+            return None, record["seen"]
         artifact = Artifact.from_json(record["artifact"], self.artifacts)
         try:
-            return artifact.checked(), record
-        except Exception:
+            return artifact.checked(), record["seen"]
+        except StageError:
             return None
 
-    def remember(self, name: str, key: str, artifact: Artifact | None, **facts: Any) -> None:
+    def remember(
+        self, name: str, key: str, artifact: Artifact | None, seen: Mapping[str, Any]
+    ) -> None:
         """Writes down that the stage is finished, so that a later run can take up from here."""
-        record = {"key": key, "artifact": artifact.to_json() if artifact else None, **facts}
-        self._state["stages"][name] = record
-        self.write()
-
-    def write(self) -> None:
-        """The state, on disk."""
+        made = artifact.to_json() if artifact else None
+        self._state["stages"][name] = {"key": key, "artifact": made, "seen": dict(seen)}
         write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
 
 

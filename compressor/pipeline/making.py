@@ -120,16 +120,14 @@ class Maker:
         slot = f"{step.name}:{step.stage}"
         key = key_of(source=source.digest, stage=step.stage, settings=step.settings, **self._common)
         ready = self.folder.finished(slot, key)
-        if ready is not None:
-            made, record = ready
-        else:
-            made, record = self._made(step, source)
-            self.folder.remember(slot, key, made, **record)
+        made, seen = ready or self._made(step, source)
+        if ready is None:
+            self.folder.remember(slot, key, made, seen)
         self.stages.append(
-            {"stage": step.stage, "artifact": step.name, "cached": ready is not None, **record}
+            {"stage": step.stage, "artifact": step.name, "cached": ready is not None, **seen}
         )
         if made is None:
-            self._skip(step, record["skipped"])
+            self._skip(step, seen["skipped"])
         return made
 
     def _made(self, step: Step, source: Artifact) -> tuple[Artifact | None, dict[str, Any]]:

@@ -1,0 +1,40 @@
+"""A small trained model and one finished run, made once for all tests that look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compressor.measure.protocol import SECONDS
+from compressor.report import Report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_timing() -> None:
+    """Whole runs in tests time each artifact for moments: nothing here asserts a latency."""
+    SECONDS["quick"] = 0.05
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``model.pt``: the zoo's cnn after a few epochs on the digits."""
+    from compressor.demo import demo
+
+    return demo("cnn", epochs=8, out=tmp_path_factory.mktemp("trained") / "model.pt").path
+
+
+@pytest.fixture(scope="session")
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """The report of ``--prune 0.5 --epochs 6 --quantize int8`` on one thread."""
+    from compressor.pipeline import run
+
+    return run(
+        trained,
+        prune=0.5,
+        epochs=6,
+        quantize="int8",
+        threads=(1,),
+        out=tmp_path_factory.mktemp("runs") / "finished",
+        command="compressor run model.pt",
+    )

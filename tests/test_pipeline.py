@@ -1,0 +1,342 @@
+"""The whole pipeline on a real model and real data."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import compressor
+from compressor import data, loading, pipeline
+from compressor.artifact import digest
+from compressor.errors import InputError, StageError
+from compressor.recipe import Step
+from compressor.report import Report, problem
+from compressor.stages import STAGES
+
+ROWS = ["baseline", "pruned", "recovered", "int8-dynamic", "int8-static"]
+
+
+def shas(report: Report) -> dict[str, str]:
+    return {artifact["name"]: artifact["sha256"] for artifact in report.document["artifacts"]}
+
+
+def quick(model: Any, out: Path, **settings: Any) -> Report:
+    """A run on one thread of the CPU."""
+    return pipeline.run(model, out=out, provider=("cpu",), threads=(1,), **settings)
+
+
+def test_every_artifact_of_the_way_is_a_row(finished: Report) -> None:
+    document = finished.document
+    assert problem(json.loads(json.dumps(document))) is None
+    assert [artifact["name"] for artifact in document["artifacts"]] == ROWS
+    for artifact in document["artifacts"]:
+        path = finished.folder / artifact["path"]
+        assert artifact["sha256"] == digest(path)
+        assert artifact["size_bytes"] == path.stat().st_size
+        assert artifact["accuracy"]["n"] == document["task"]["splits"]["test"]
+    sources = {artifact["name"]: artifact["source"] for artifact in document["artifacts"]}
+    assert sources["recovered"] == "artifacts/recovered.safetensors"
+    assert sources["int8-static"] is None
+    measured = {row["artifact"] for row in document["measurements"] if row["provider"] == "cpu"}
+    assert measured == set(ROWS)
+
+
+def test_an_absent_provider_is_a_row_with_the_reason(finished: Report) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    rows = [row for row in finished.document["measurements"] if row["provider"] == "cuda"]
+    assert {row["artifact"] for row in rows} == set(ROWS)
+    assert all(row["skipped"] == "onnxruntime here has no CUDAExecutionProvider" for row in rows)
+
+
+def test_accuracy_is_that_of_the_file(finished: Report) -> None:
+    """The reported figures are what anybody gets who runs the files on the test split."""
+    splits = data.read("digits").splits
+    (images,), labels = splits.test.fetch(splits.test.indices)
+    for artifact in finished.document["artifacts"]:
+        path = finished.folder / artifact["path"]
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (outputs,) = session.run(None, {"input": images})
+        right = float((outputs.argmax(axis=1) == labels).mean())
+        assert artifact["accuracy"]["accuracy"] == pytest.approx(right, abs=2 / len(labels))
+
+
+def test_pruning_and_quantization_make_it_smaller(finished: Report) -> None:
+    by_name = {artifact["name"]: artifact for artifact in finished.document["artifacts"]}
+    assert by_name["pruned"]["macs"] < 0.4 * by_name["baseline"]["macs"]
+    assert by_name["recovered"]["params"] == by_name["pruned"]["params"]
+    sizes = [by_name[name]["size_bytes"] for name in ROWS]
+    assert sizes == sorted(sizes, reverse=True)
+    drops = {name: by_name[name]["accuracy"]["drop"]["value"] for name in ROWS}
+    assert drops["baseline"] == 0
+    assert drops["recovered"] < drops["pruned"]
+
+
+def test_the_best_is_ready_to_use(finished: Report) -> None:
+    best = next(one for one in finished.document["artifacts"] if one["best"])
+    assert digest(finished.folder / "best.onnx") == best["sha256"]
+    said = json.loads((finished.folder / "best.json").read_text())
+    assert said["artifact"] == best["name"] == finished.best
+    splits = data.read("digits").splits
+    (images,), labels = splits.test.head(64)
+    outputs = compressor.session(finished.folder)(images)
+    assert outputs.shape == (64, 10)
+    assert (outputs.argmax(axis=1) == labels).mean() > 0.8
+
+
+def test_raw_values_are_kept(finished: Report) -> None:
+    packed = (finished.folder / finished.document["samples"]).read_bytes()
+    lines = json.loads(gzip.decompress(packed))
+    latencies = {line["artifact"]: line for line in lines if line["quantity"] == "latency_ms"
+                 and line["provider"] == "cpu"}  # fmt: skip
+    for row in finished.document["measurements"]:
+        if row["provider"] == "cpu":
+            values = np.concatenate(latencies[row["artifact"]]["values"])
+            assert row["latency_ms"]["n"] == len(values)
+            assert row["latency_ms"]["p50"] == np.median(values)
+
+
+def test_replaying_the_recipe_gives_the_same_bytes(
+    finished: Report, trained: Path, tmp_path: Path
+) -> None:
+    again = quick(trained, tmp_path / "again", recipe=finished.folder / "recipe.toml")
+    assert shas(again) == shas(finished)
+    assert again.document["recipe"] == finished.document["recipe"]
+
+
+def test_artifacts_carry_no_paths(finished: Report) -> None:
+    for path in (finished.folder / "artifacts").iterdir():
+        text = path.read_bytes()
+        assert str(finished.folder).encode() not in text
+        assert b"site-packages" not in text
+        assert not re.search(rb"\.py\b(?!torch)", text.replace(b"org.pytorch", b"")), path.name
+
+
+def test_the_same_run_again_shows_the_stored_report(finished: Report, trained: Path) -> None:
+    again = pipeline.run(
+        trained, prune=0.5, epochs=6, quantize="int8", threads=(1,), out=finished.folder
+    )
+    assert again.stored
+    assert again.document == finished.document
+
+
+def test_another_run_is_refused_and_nothing_is_touched(finished: Report, trained: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+    with pytest.raises(InputError, match=r"holds another run.*--fresh"):
+        quick(trained, finished.folder, prune=0.25)
+    assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
+
+
+def test_a_folder_of_other_files_is_never_used(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"):
+        quick(trained, tmp_path, fresh=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_test_labels_decide_nothing(trained: Path, tmp_path: Path) -> None:
+    """Other test labels change what is reported, never what is made."""
+    splits = data.read("digits").splits
+    (images,), labels = splits.test.fetch(splits.test.indices)
+    parts = {
+        name: (part.fetch(part.indices)[0][0], part.fetch(part.indices)[1])
+        for name, part in (("train", splits.train), ("validate", splits.validate))
+    }
+    made = []
+    for name, given in (("right", labels), ("wrong", (labels + 1) % 10)):
+        report = quick(
+            trained,
+            tmp_path / name,
+            data={**parts, "test": (images, given)},
+            prune=0.5,
+            epochs=1,
+            quantize="int8-static",
+        )
+        made.append(report)
+    assert shas(made[0]) == shas(made[1])
+    assert made[1].document["artifacts"][0]["accuracy"]["accuracy"] < 0.1
+
+
+def test_a_failed_stage_keeps_finished_work(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @functools.wraps(STAGES["quantize"])
+    def broken(artifact: Any, task: Any, into: Path, **settings: Any) -> Any:
+        raise RuntimeError("the disk is on fire")
+
+    with monkeypatch.context() as patched:
+        patched.setitem(STAGES, "quantize", broken)
+        with pytest.raises(StageError, match=r"'int8-dynamic'.*the disk is on fire"):
+            pipeline.run(
+                trained,
+                recipe=[Step("prune", {"ratio": 0.5}), Step("quantize", {"scheme": "dynamic"})],
+                out=tmp_path / "run",
+                provider=("cpu",),
+            )
+    assert (tmp_path / "run" / "artifacts" / "pruned.onnx").is_file()
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_an_unfinished_run_goes_on_where_it_was(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {"prune": 0.5, "epochs": 1, "quantize": "int8-static"}
+
+    def interrupted(*given: Any, **settings: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quick(trained, tmp_path / "run", **wanted)
+    (tmp_path / "run" / "artifacts" / "int8-static.onnx").write_bytes(b"torn")
+    report = quick(trained, tmp_path / "run", **wanted)
+    cached = {
+        (stage["stage"], stage.get("artifact")): stage["cached"]
+        for stage in report.document["stages"]
+    }
+    assert cached["prune", "pruned"]
+    assert cached["distill", "recovered"]
+    assert not cached["quantize", "int8-static"], "a damaged file is made again"
+    assert not cached["measure", None], "timings are never reused"
+
+
+def test_a_notebook_gives_the_same_report(trained: Path, tmp_path: Path) -> None:
+    splits = data.read("digits").splits
+    loaders = []
+    for part in (splits.train, splits.test):
+        (images,), labels = part.fetch(part.indices)
+        pairs = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
+        loaders.append(DataLoader(pairs, batch_size=32))
+    model = loading.load(trained)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = compressor.run(
+        model,
+        data=tuple(loaders),
+        prune=0.5,
+        epochs=1,
+        quantize="int8",
+        provider=("cpu",),
+        threads=(1,),
+        out=tmp_path / "run",
+    )
+    assert [artifact["name"] for artifact in report.document["artifacts"]] == ROWS
+    assert report.document["task"]["kind"] == "classification"
+    assert report.document["task"]["splits"]["test"] == len(splits.test)
+    assert model.training
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert "int8-static" in str(report)
+    # A torch file of a live model is rebuilt by whoever has its factory.
+    with pytest.raises(InputError, match="--arch"):
+        compressor.load(tmp_path / "run" / "artifacts" / "pruned.safetensors")
+    pruned = compressor.load(
+        tmp_path / "run" / "artifacts" / "pruned.safetensors", arch=lambda: loading.load(trained)
+    )
+    assert (
+        sum(part.numel() for part in pruned.parameters())
+        == (report.document["artifacts"][1]["params"])
+    )
+
+
+def test_without_data_nothing_is_trained_or_judged(tmp_path: Path) -> None:
+    model = compressor.save(
+        torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)),
+        tmp_path / "model.pt",
+        factory="shop:net",
+        inputs=torch.zeros(2, 8),
+    )
+    report = quick(
+        model,
+        tmp_path / "run",
+        arch=lambda: torch.nn.Sequential(
+            torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)
+        ),
+        prune=0.5,
+        quantize="int8",
+    )
+    names = [artifact["name"] for artifact in report.document["artifacts"]]
+    assert names == ["baseline", "pruned", "int8-dynamic", "int8-static"]
+    for artifact in report.document["artifacts"]:
+        assert artifact["accuracy"] == {"skipped": "no data"}
+        assert artifact["fidelity"]["n"] > 0
+        assert artifact["within_budget"] is None
+    assert report.best == "baseline"
+    assert any("no data" in warning for warning in report.document["warnings"])
+    assert "fine-tuned" in str(report)
+
+
+def test_a_chain_of_steps_in_any_order(trained: Path, tmp_path: Path) -> None:
+    """No order is hard-wired: twice pruned, recovered in between, quantized from the middle."""
+    steps = [
+        Step("prune", {"ratio": 0.25}, "lean"),
+        Step("distill", {"epochs": 1, "loss": "labels"}, "fit"),
+        Step("prune", {"ratio": 0.5}, "leaner"),
+        Step("quantize", {"scheme": "dynamic"}, "small", "fit"),
+    ]
+    report = quick(trained, tmp_path / "run", recipe=steps)
+    params = {one["name"]: one["params"] for one in report.document["artifacts"]}
+    assert params["baseline"] > params["lean"] == params["fit"] > params["leaner"]
+    assert params["small"] == params["fit"]
+    stages = [step["stage"] for step in report.document["artifacts"][-1]["steps"]]
+    assert stages == ["prune", "distill", "export", "quantize"]
+    loaded = compressor.load(tmp_path / "run" / "artifacts" / "leaner.safetensors")
+    assert sum(part.numel() for part in loaded.parameters()) == params["leaner"]
+
+
+def test_a_recurrent_model_is_quantized_though_nothing_is_cut(tmp_path: Path) -> None:
+    from compressor.demo import demo
+
+    model = demo("lstm", epochs=1, out=tmp_path / "lstm.pt").path
+    report = quick(model, tmp_path / "run", prune=0.5, epochs=1, quantize="int8-dynamic")
+    assert [one["name"] for one in report.document["artifacts"]] == ["baseline", "int8-dynamic"]
+    reasons = {
+        row["artifact"]: row["skipped"]
+        for row in report.document["measurements"]
+        if "skipped" in row
+    }
+    assert "recurrent" in reasons["pruned"]
+    assert reasons["recovered"] == "pruned was skipped"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"provider": ("tpu",)}, "--provider 'tpu' is unknown: choose from cpu, cuda"),
+        ({"batch": (0,)}, "--batch 0: give 1 or more"),
+        ({"threads": ()}, "at least one value"),
+        ({"bench_time": "long"}, "--bench-time 'long'"),
+        ({"max_drop": float("nan")}, "--max-drop nan"),
+        ({"max_drop": -1}, "--max-drop -1"),
+        ({"epochs": -1}, "--epochs -1"),
+        ({"prune": 1.0}, "'pruned': ratio = 1.0: input should be less than 1"),
+        ({"quantize": "int7"}, "--quantize 'int7' is unknown"),
+        ({"metric": "bleu"}, "--metric 'bleu' is unknown for classification: choose from accuracy"),
+        ({"keep": ("conv1",)}, "add --prune"),
+        ({"prune": 0.5, "keep": ("nothing*",)}, "matches no layer"),
+        ({"recipe": Path("none.toml")}, "recipe none.toml cannot be read"),
+        ({"recipe": [Step("shrink")]}, "stage 'shrink' is unknown: choose from prune"),
+        ({"recipe": [Step("prune", {"ration": 0.5})]}, "prune has no setting 'ration'"),
+        ({"recipe": [Step("prune")]}, "prune needs the setting 'ratio'"),
+        ({"recipe": [Step("prune", {"ratio": 0.5}, source="x")]}, "no earlier step makes"),
+        ({"recipe": [Step("prune", {"ratio": 0.5}, "../x")]}, "cannot be a file name"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    trained: Path, tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        pipeline.run(trained, **{"out": tmp_path / "run", "threads": (1,), **wrong})
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "report.json").exists()
