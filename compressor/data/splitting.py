@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from compressor.errors import InputError
 from compressor.task import Array, Split, Splits
 
 VALIDATE_AT_MOST = 5000
@@ -25,9 +26,15 @@ def completed(
 
     ``test`` takes a quarter, then ``validate`` a fifth of what is left (5,000 at most), both at
     least two examples. ``calibrate`` is up to 512 examples of ``train``, which keeps them.
+    Raises :class:`InputError` when there are too few for that.
     ``labels``, shape ``(n,)``, are the classes of the examples that ``train.indices`` names: with
     them a cut holds every class in its share, to within one example.
     """
+    needed = 2 + 2 * (test is None) + 2 * (validate is None)
+    if 0 < len(train) < needed:
+        raise InputError(
+            f"too few examples to split: {len(train)}; at least {needed} are needed: give more data"
+        )
     to_test, to_validate, to_calibrate = (np.random.default_rng((seed, draw)) for draw in range(3))
     if test is None:
         train, test = cut(train, max(2, len(train) // 4), to_test, labels)
