@@ -163,6 +163,8 @@ def _stages(document: Document) -> str:
     rows = []
     for stage in document["stages"]:
         notes = ["cached"] if stage["cached"] else []
+        if stage.get("target"):
+            notes.append(escaped(stage["target"]))
         if stage.get("skipped"):
             notes.append(f"skipped: {escaped(stage['skipped'])}")
         rows.append(

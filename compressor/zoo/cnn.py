@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import nn
 
 from compressor.zoo.argument import Size, at_least
@@ -15,16 +17,17 @@ def cnn(in_channels: Size = 1, image_size: Size = 28, classes: Size = 10) -> nn.
     """
     at_least(6, image_size, "cnn")
     side = (image_size - 4) // 2
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Dropout(0.25),
-        nn.Flatten(1),
-        nn.Linear(64 * side * side, 128),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(128, classes),
-    )
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(in_channels, 32, 3),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(32, 64, 3),
+        "relu2": nn.ReLU(),
+        "pool": nn.MaxPool2d(2),
+        "dropout1": nn.Dropout(0.25),
+        "flatten": nn.Flatten(1),
+        "fc1": nn.Linear(64 * side * side, 128),
+        "relu3": nn.ReLU(),
+        "dropout2": nn.Dropout(0.5),
+        "fc2": nn.Linear(128, classes),
+    }
+    return nn.Sequential(OrderedDict(layers))

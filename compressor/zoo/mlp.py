@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -16,7 +17,8 @@ def mlp(features: Size, outputs: Size, hidden: Sequence[Size] = (64, 64)) -> nn.
     ``hidden`` are the widths in between; none makes it a linear model.
     """
     widths = (features, *hidden)
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for at, (before, after) in enumerate(pairwise(widths), 1):
+        layers[f"fc{at}"], layers[f"relu{at}"] = nn.Linear(before, after), nn.ReLU()
+    layers["head"] = nn.Linear(widths[-1], outputs)
+    return nn.Sequential(layers)
