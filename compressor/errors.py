@@ -3,10 +3,14 @@
 ::
 
     CompressorError
-    ├── InputError        2   what the user gave is wrong: what, the value seen, what to do
-    ├── BudgetError       1   a budget that was asked for does not hold
-    └── StageError        3   a stage failed; what was finished before it is kept
-        └── Unsuitable    -   a stage has nothing to do on this model: a row with the reason
+    ├── InputError            2   what the user gave is wrong: what, the value seen, what to do
+    │   └── ProviderAbsent    -   measure.runtime: an execution provider is not there
+    ├── BudgetError           1   a budget that was asked for does not hold
+    ├── StageError            3   a stage failed; what was finished before it is kept
+    │   └── Unsuitable        -   a stage has nothing to do on this model
+    └── WorkerFailed          -   measure.process: a worker died, hung or gave an error
+
+Those without an exit code become a row with the reason, and the run goes on.
 """
 
 from __future__ import annotations

@@ -28,20 +28,20 @@ class Metric:
 
 
 def top1(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
-    """1 where the largest of ``(n, classes)`` outputs is the target ``(n,)``."""
-    return np.asarray(outputs.argmax(axis=1) == targets, dtype=np.float64)
+    """1 where the largest of ``(n, classes)`` outputs is the target, ``(n,)`` or ``(n, 1)``."""
+    return np.asarray(outputs.argmax(axis=1) == targets.reshape(len(outputs)), dtype=np.float64)
 
 
 def top5(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
     """1 where the target is among the five largest outputs (all of them where fewer)."""
     best = np.argsort(outputs, axis=1)[:, -5:]
-    return np.asarray((best == targets[:, None]).any(axis=1), dtype=np.float64)
+    return np.asarray((best == targets.reshape(len(outputs), 1)).any(axis=1), dtype=np.float64)
 
 
 def sign(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
     """Share of logits on the right side of 0; outputs ``(n,)`` or ``(n, labels)``, targets 0/1."""
-    right = (outputs > 0).reshape(len(outputs), -1) == (targets > 0.5).reshape(len(targets), -1)
-    return np.asarray(right.mean(axis=1), dtype=np.float64)
+    right = (outputs > 0) == (targets.reshape(outputs.shape) > 0.5)
+    return np.asarray(right.reshape(len(right), -1).mean(axis=1), dtype=np.float64)
 
 
 def exact(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
@@ -51,26 +51,32 @@ def exact(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
 
 def squared(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
     """Mean squared error of each example."""
-    apart = outputs.reshape(len(outputs), -1) - targets.reshape(len(targets), -1)
-    return np.asarray((apart.astype(np.float64) ** 2).mean(axis=1))
+    return np.asarray((_apart(outputs, targets) ** 2).mean(axis=1))
 
 
 def absolute(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
     """Mean absolute error of each example."""
-    apart = outputs.reshape(len(outputs), -1) - targets.reshape(len(targets), -1)
-    return np.asarray(np.abs(apart.astype(np.float64)).mean(axis=1))
+    return np.asarray(np.abs(_apart(outputs, targets)).mean(axis=1))
+
+
+def _apart(outputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
+    # Widened before the difference: half precision overflows at 65504.
+    apart = outputs.astype(np.float64) - targets.reshape(outputs.shape)
+    return np.asarray(apart.reshape(len(apart), -1))
 
 
 def pixels(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
     """Share of pixels whose largest output is the target; ``(n, classes, h, w)``, ``(n, h, w)``."""
-    right = (outputs.argmax(axis=1) == targets).reshape(len(targets), -1)
-    return np.asarray(right.mean(axis=1), dtype=np.float64)
+    predicted = outputs.argmax(axis=1)
+    right = predicted == targets.reshape(predicted.shape)
+    return np.asarray(right.reshape(len(right), -1).mean(axis=1), dtype=np.float64)
 
 
 def image_iou(outputs: NDArray[Any], targets: NDArray[Any]) -> Scores:
-    """Intersection over union of each image, averaged over the classes that occur in it."""
-    predicted = outputs.argmax(axis=1).reshape(len(targets), -1)
-    true = targets.reshape(len(targets), -1)
+    """Intersection over union of each image, averaged over the classes in output or target."""
+    predicted = outputs.argmax(axis=1)
+    true = targets.reshape(predicted.shape).reshape(len(predicted), -1)
+    predicted = predicted.reshape(true.shape)
     total, present = np.zeros(len(true)), np.zeros(len(true))
     for label in range(outputs.shape[1]):
         union = ((predicted == label) | (true == label)).sum(axis=1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import select
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from types import TracebackType
 from typing import Any
 
-from compressor.errors import CompressorError, one_line
+from compressor.errors import CompressorError
 
 
 class WorkerFailed(CompressorError):
@@ -25,44 +27,65 @@ class Worker:
         self.timeout = timeout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "compressor.measure.worker"],
+            # -P: a json.py where the user stands must not stand in for Python's.
+            [sys.executable, "-P", "-m", "compressor.measure.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then closes us
         )
 
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """Sends one request and waits for its answer.
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
 
-        Raises :class:`WorkerFailed` with the reason in one line.
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """Sends one request and waits for its answer, asleep.
+
+        Raises :class:`WorkerFailed` with the reason in one line; where the worker died or did not
+        answer in time it is closed, and there is nobody left to ask.
         """
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise WorkerFailed(self._death()) from None
-        ready, _, _ = select.select([self._process.stdout], [], [], self.timeout)
-        if not ready:
-            self.close()
-            raise WorkerFailed(f"no answer within {self.timeout:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerFailed(self._death())
-        answer = json.loads(line)
+            raise self._died() from None
+        answer = json.loads(self._line())
         if "error" in answer:
             raise WorkerFailed(answer["error"])
         return dict(answer["ok"])
 
-    def _death(self) -> str:
-        code = self._process.wait(timeout=10)
+    def _line(self) -> bytes:
+        """The next line, read as it comes: a worker may also fall silent in the middle of one."""
+        assert self._process.stdout is not None
+        end = time.monotonic() + self.timeout
+        line = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    self.close()
+                    raise WorkerFailed(f"no answer within {self.timeout:g} s")
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    raise self._died()
+                line += part
+        return line
+
+    def _died(self) -> WorkerFailed:
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it closed its pipes and lives on
+            self._process.kill()
+            code = self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        cause = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return one_line(ValueError(f"the worker was {cause}" + (f": {said[-1]}" if said else "")))
+        said = self._errors.read().decode(errors="replace").split("\n")
+        last = next((" ".join(line.split())[:200] for line in reversed(said) if line.strip()), "")
+        self.close()
+        cause = f"ended with exit code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
+        return WorkerFailed(f"the worker {cause}" + (f": {last}" if last else ""))
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
@@ -86,3 +109,11 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _signal(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name

@@ -8,11 +8,12 @@ is the noise floor of this machine now.
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,13 +27,21 @@ from compressor.measurement import Measurement, Target
 from compressor.task import Array, Inputs
 
 SECONDS = {"quick": 0.8, "normal": 4.0, "full": 20.0}
-"""``--bench-time``: seconds of calls for each artifact on each target."""
+"""``--bench-time``: seconds of calls for each artifact on each target, at most :data:`CALLS`."""
+
+CALLS = 200_000
+"""Calls of each artifact after which more would say nothing new and only fill memory."""
 
 BLOCK_MS = 8.0
 """Calls are grouped into blocks of about this long: above scheduler noise, below its drifts."""
 
 ROUNDS = 8
-"""Rounds that are taken even where time is up: fewer give no interval."""
+"""Rounds that are taken even where time is up, so 11 calls of a slow model with its warm-up: fewer
+give no interval."""
+
+PART = 64
+"""Examples that a worker is asked to predict at once: small, so that a slow model is not taken for
+one that hangs."""
 
 CONTROL = "baseline (again)"
 """The reference's second worker."""
@@ -80,8 +89,8 @@ def observe(
             except WorkerFailed as error:
                 skip(observed, artifact.name, target, str(error))
         if runs and runs[0].artifact == artifacts[0].name:
-            control = _opened(artifacts[0], CONTROL, target, feeds, stack, start)
-            runs.append(control)
+            with suppress(WorkerFailed):  # the rest can be measured without a noise floor
+                runs.append(_opened(artifacts[0], CONTROL, target, feeds, stack, start))
         progress(f"timing on {target}")
         _interleave(runs, observed, seconds, random.Random(seed), clock)
         for run in runs:
@@ -92,13 +101,22 @@ def observe(
                 if run.artifact == CONTROL or run.artifact in observed.failed:
                     continue
                 progress(f"outputs of {run.artifact} on {split}")
-                out = str(Path(folder) / "outputs.npy")
                 try:
-                    run.worker.ask("predict", inputs=paths, out=out)
-                    observed.outputs.setdefault(run.artifact, {})[split] = np.load(out)
+                    outputs = _predicted(run, paths, len(inputs[0]), Path(folder) / "outputs.npy")
+                    observed.outputs.setdefault(run.artifact, {})[split] = outputs
                 except WorkerFailed as error:
                     observed.failed[run.artifact] = str(error)
     return observed
+
+
+def _predicted(run: Timed, inputs: list[str], count: int, out: Path) -> Array:
+    """The first output on all ``count`` examples, in whole batches but for the last."""
+    size = run.target.batch * -(-PART // run.target.batch)
+    parts = []
+    for start in range(0, count, size):
+        run.worker.ask("predict", inputs=inputs, start=start, stop=start + size, out=str(out))
+        parts.append(np.load(out))
+    return np.concatenate(parts)
 
 
 def _stored(folder: Path, name: str, inputs: Inputs) -> list[str]:
@@ -138,8 +156,9 @@ def _interleave(
     clock: Callable[[], float],
 ) -> None:
     end = clock() + seconds * len(runs)
-    for taken in _rounds():
-        if not runs or (taken >= ROUNDS and clock() >= end):
+    for taken in itertools.count():
+        calls = min((taken * run.calls for run in runs), default=CALLS)
+        if not runs or (taken >= ROUNDS and (calls >= CALLS or clock() >= end)):
             return
         for run in order.sample(runs, len(runs)):
             try:
@@ -150,19 +169,20 @@ def _interleave(
                     skip(observed, run.artifact, run.target, str(error))
 
 
-def _rounds() -> Iterator[int]:
-    taken = 0
-    while True:
-        yield taken
-        taken += 1
-
-
 def _collect(run: Timed, observed: Observed) -> None:
-    for name, quantity in QUANTITIES.items():
-        values = tuple(tuple(block) for block in quantity.collect(run))
-        observed.measurements.append(
-            Measurement(run.artifact, run.target, name, quantity.unit, values, run.warmup)
-        )
+    measurements = []
+    try:
+        for name, quantity in QUANTITIES.items():
+            values = tuple(tuple(block) for block in quantity.collect(run))
+            measurements.append(
+                Measurement(run.artifact, run.target, name, quantity.unit, values, run.warmup)
+            )
+    except WorkerFailed as error:
+        if run.artifact != CONTROL:
+            skip(observed, run.artifact, run.target, str(error))
+    else:
+        observed.measurements += measurements
+    run.blocks.clear()  # many small integers, and all that is needed of them is kept
 
 
 def skip(observed: Observed, artifact: str, target: Target, reason: str) -> None:

@@ -6,7 +6,6 @@ Imports nothing but onnxruntime and numpy, so that a worker measures what is shi
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.errors import InputError
+from compressor.errors import InputError, one_line
 from compressor.measurement import PROVIDERS
 
 SETTINGS: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
@@ -35,9 +34,10 @@ def open_session(
 
     Raises :class:`ProviderAbsent` rather than falling back to another provider.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
+    if provider not in PROVIDERS:
+        raise ProviderAbsent(f"provider {provider!r}: choose from {', '.join(PROVIDERS)}")
     wanted = PROVIDERS[provider]
     present = onnxruntime.get_available_providers()
     if wanted not in present:
@@ -80,21 +80,36 @@ class Session:
 def session(path: str | Path) -> Session:
     """Loads ``best.onnx`` of a run folder, or any ONNX file, ready to predict.
 
-    In a run folder the settings of ``best.json`` are used: the provider, threads and session
-    settings under which the recommendation was measured. Raises :class:`InputError` when there is
-    no model at ``path``.
+    Beside ``best.onnx`` the settings of ``best.json`` are used: the provider, threads and session
+    settings under which the recommendation was measured. Any other file gets the CPU, a thread for
+    each core that this process may use, and onnxruntime's own settings. Raises :class:`InputError`
+    when there is no model at ``path`` or it cannot be opened.
     """
+    from compressor.measure.environment import cores  # here: a worker has no use for it
+
     path = Path(path)
     model = path / "best.onnx" if path.is_dir() else path
     if not model.is_file():
         raise InputError(f"{model} does not exist: give a run folder or an ONNX file")
-    beside = model.with_suffix(".json")
-    said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    return Session(
-        open_session(
+    said = _best(model.with_suffix(".json")) if model.name == "best.onnx" else {}
+    try:
+        opened = open_session(
             model,
             said.get("provider", "cpu"),
-            said.get("threads", os.cpu_count() or 1),
+            said.get("threads", cores()),
             said.get("settings", {}),
         )
-    )
+    except InputError:
+        raise
+    except Exception as error:  # onnxruntime's own have no base of their own
+        raise InputError(f"{model} cannot be opened: {one_line(error)}") from error
+    return Session(opened)
+
+
+def _best(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} does not hold a run's settings: {one_line(error)}") from error

@@ -18,6 +18,9 @@ percentile with 99 % confidence (``p**n + n * (1 - p) * p**(n - 1) <= 0.01``).""
 LEAST_EFFECT = 0.02
 """A speed-up smaller than this is called the same, on however quiet a machine."""
 
+SAME = 0.1
+"""Nothing further apart than this is called the same."""
+
 RESAMPLES = 1000
 
 
@@ -58,24 +61,32 @@ def speedup(reference: Blocks, blocks: Blocks, seed: int = 0) -> dict[str, float
     value = float(np.median(np.concatenate([np.asarray(b, float) for b in reference])))
     value /= float(np.median(np.concatenate([np.asarray(b, float) for b in blocks])))
     drawn = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    ratios = np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    low, high = _interval(np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1))
     # The pooled median may lie outside an interval made of block medians by a hair.
-    return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
+    return {"value": value, "low": min(low, value), "high": max(high, value)}
+
+
+def _interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
+    """The middle 95 %. Values of the sample itself, so that 1 / ratio gives 1 / interval."""
+    ordered = np.sort(resampled)
+    tail = len(ordered) // 40
+    return float(ordered[tail]), float(ordered[-tail - 1])
 
 
 def verdict(low: float, high: float, floor: float = 0.0) -> str:
     """``faster``, ``same``, ``slower`` or ``inconclusive`` for a speed-up's interval.
 
     The effect must exceed both :data:`LEAST_EFFECT` and the machine's noise ``floor`` (as a ratio
-    minus 1). An interval that touches 1 is never faster or slower.
+    minus 1). An interval that touches 1 is never faster or slower; one that reaches beyond
+    :data:`SAME` is not the same, however noisy the machine.
     """
     band = 1 + max(LEAST_EFFECT, floor)
+    near = min(band, 1 + SAME)
     if low > band:
         return "faster"
     if high < 1 / band:
         return "slower"
-    if low >= 1 / band and high <= band:
+    if low >= 1 / near and high <= near:
         return "same"
     return "inconclusive"
 
@@ -83,7 +94,7 @@ def verdict(low: float, high: float, floor: float = 0.0) -> str:
 def noise_floor(first: Blocks, second: Blocks, seed: int = 0) -> float:
     """How far the same model, timed against itself, seems to differ: ratio minus 1."""
     ratio = speedup(first, second, seed)
-    return math.exp(max(abs(math.log(ratio["low"])), abs(math.log(ratio["high"])))) - 1
+    return max(ratio["high"], 1 / ratio["low"]) - 1
 
 
 SPREAD, DRIFT = 0.25, 0.10
@@ -105,7 +116,7 @@ def noise_flags(blocks: Blocks) -> list[str]:
         if abs(drift) > DRIFT:
             flags.append(f"drift: the halves differ by over {DRIFT:.0%}; let the machine settle")
     if len(values) < ENOUGH["p90"]:
-        flags.append("few samples; give it longer with --bench-time normal")
+        flags.append("few samples; give it longer with --bench-time normal or full")
     return flags
 
 
@@ -119,28 +130,26 @@ def drop(
     """What was lost against ``reference``: per-example scores of the same examples, shape ``(n,)``.
 
     For metrics where higher is better the drop is absolute, for errors relative to the reference's
-    mean (absolute where that is 0); positive is worse. The 95 % interval pairs the examples: for
-    scores of 0 and 1 the adjusted Wald interval of Bonett and Price (2012), which stays honest when
-    few or no examples differ; otherwise a bootstrap over examples.
+    mean (absolute where that is 0); positive is worse. The 95 % interval pairs the examples. For
+    scores between 0 and 1 it is the adjusted Wald interval of Bonett and Price (2012): one more
+    example is lost and one more won, which keeps it honest where few or no examples differ. Errors
+    have no bound to add, so theirs is a bootstrap over examples: it has no width where all scores
+    are equal.
     """
     if reference.shape != scores.shape or reference.ndim != 1 or not len(scores):
         raise ValueError(f"scores of the same examples: {reference.shape} and {scores.shape}")
     lost = reference - scores if higher_is_better else scores - reference
-    scale = 1.0 if higher_is_better else float(reference.mean()) or 1.0
-    value = float(lost.mean()) / scale
-    both = np.concatenate([reference, scores])
-    if higher_is_better and np.isin(both, (0.0, 1.0)).all():
-        count = len(lost)
-        worse = (float((lost > 0).sum()) + 1) / (count + 2)
-        better = (float((lost < 0).sum()) + 1) / (count + 2)
-        middle = worse - better
-        reach = 1.959964 * math.sqrt(max(worse + better - middle**2, 0.0) / (count + 2))
+    if higher_is_better:
+        value, count = float(lost.mean()), len(lost) + 2
+        middle = float(lost.sum()) / count
+        reach = 1.959964 * math.sqrt(((float((lost**2).sum()) + 2) / count - middle**2) / count)
         return {"value": value, "low": max(middle - reach, -1.0), "high": min(middle + reach, 1.0)}
+    whole = float(reference.mean()) or 1.0
+    value = float(lost.mean()) / whole
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(RESAMPLES):
         at = rng.integers(0, len(lost), len(lost))
-        below = 1.0 if higher_is_better else float(reference[at].mean()) or 1.0
-        means.append(float(lost[at].mean()) / below)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
+        means.append(float(lost[at].mean()) / (float(reference[at].mean()) or whole))
+    low, high = _interval(np.array(means))
+    return {"value": value, "low": min(low, value), "high": max(high, value)}

@@ -19,9 +19,6 @@ import numpy as np
 from compressor.errors import one_line
 from compressor.measure.runtime import open_session
 
-CHUNK = 256
-"""Examples per call while predicting a whole split."""
-
 
 class Holder:
     """The open session of this worker and the inputs that it is timed with."""
@@ -30,20 +27,34 @@ class Holder:
         self.clock = clock
         self.opened: Any = None
         self.feed: dict[str, Any] = {}
+        self.batch = 1
 
     def load(self, path: str, provider: str, threads: int) -> dict[str, Any]:
         """Opens the model; ``load_ms`` is the time from file to ready session."""
+        import onnxruntime  # noqa: F401 - before the clock: importing it takes longer than loading
+
         before = self.clock()
         self.opened = open_session(Path(path), provider, threads)
-        load_ms = (self.clock() - before) / 1e6
-        return {"load_ms": load_ms, "modules": [name for name in ("torch",) if name in sys.modules]}
+        return {"load_ms": (self.clock() - before) / 1e6}
 
     def take(self, inputs: list[str], batch: int) -> dict[str, Any]:
-        """Keeps the first ``batch`` examples of the ``.npy`` files as the inputs to time with."""
+        """Keeps the first ``batch`` examples of the ``.npy`` files as the inputs to time with.
+
+        Where they hold fewer, examples are repeated. Raises ``ValueError`` when the model takes
+        another number of inputs.
+        """
+        names = [given.name for given in self.opened.get_inputs()]
+        if len(inputs) != len(names):
+            raise ValueError(
+                f"the model takes {len(names)} inputs ({', '.join(names)}), "
+                f"{len(inputs)} were given"
+            )
+        arrays = map(np.load, inputs)
         self.feed = {
-            given.name: np.resize(whole, (batch, *whole.shape[1:]))
-            for given, whole in zip(self.opened.get_inputs(), map(np.load, inputs), strict=True)
+            name: np.resize(array, (batch, *array.shape[1:]))
+            for name, array in zip(names, arrays, strict=True)
         }
+        self.batch = batch
         return {}
 
     def time(self, calls: int) -> dict[str, Any]:
@@ -59,21 +70,23 @@ class Holder:
             outputs = run(None, feed)
             taken.append(clock() - start)
         elapsed = clock() - begin
-        if not all(np.isfinite(output).all() for output in outputs):
-            raise ValueError("the model's output is not finite (NaN or infinity)")
+        for output in outputs:
+            _finite(output)
         return {"ns": taken, "elapsed_ns": elapsed}
 
-    def predict(self, inputs: list[str], out: str) -> dict[str, Any]:
-        """Runs whole splits (``.npy`` files, one per input); writes the first output to ``out``."""
-        parts = [np.load(path, mmap_mode="r") for path in inputs]
-        names = [given.name for given in self.opened.get_inputs()]
+    def predict(self, inputs: list[str], start: int, stop: int, out: str) -> dict[str, Any]:
+        """Runs examples ``start`` to ``stop`` of the ``.npy`` files; ``out`` gets the first output.
+
+        In batches as they were taken for timing: what dynamic quantization answers depends on
+        what else is in the batch.
+        """
+        parts = [np.load(path, mmap_mode="r")[start:stop] for path in inputs]
         outputs = []
-        for start in range(0, len(parts[0]), CHUNK):
-            rows = (np.ascontiguousarray(part[start : start + CHUNK]) for part in parts)
-            outputs.append(self.opened.run(None, dict(zip(names, rows, strict=True)))[0])
+        for at in range(0, len(parts[0]), self.batch):
+            rows = (np.ascontiguousarray(part[at : at + self.batch]) for part in parts)
+            outputs.append(self.opened.run(None, dict(zip(self.feed, rows, strict=True)))[0])
         whole = np.concatenate(outputs)
-        if not np.isfinite(whole).all():
-            raise ValueError("the model's output is not finite (NaN or infinity)")
+        _finite(whole)
         np.save(out, whole)
         return {"n": len(whole)}
 
@@ -86,6 +99,11 @@ class Holder:
         import onnxruntime
 
         return {"providers": onnxruntime.get_available_providers()}
+
+
+def _finite(output: Any) -> None:
+    if not np.isfinite(output).all():
+        raise ValueError("the model's output is not finite (NaN or infinity)")
 
 
 VERBS = ("providers", "load", "take", "time", "predict", "memory")
@@ -115,7 +133,9 @@ def serve() -> None:
         request = json.loads(line)
         verb = request.pop("do")
         try:
-            answer = {"ok": getattr(holder, verb)(**request) if verb in VERBS else None}
+            if verb not in VERBS:
+                raise ValueError(f"unknown request {verb!r}")
+            answer = {"ok": getattr(holder, verb)(**request)}
         except Exception as error:
             answer = {"error": one_line(error)}
         answers.write(json.dumps(answer) + "\n")

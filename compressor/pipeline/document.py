@@ -33,7 +33,7 @@ def document(
     budget: float,
 ) -> dict[str, Any]:
     """The report, but for what only the caller knows (name, command, date, model)."""
-    # Accuracy is judged where the primary target runs, or else on the first provider that ran.
+    # Accuracy is judged where the primary target runs, or else on the first target that ran.
     outputs: Outputs = next(iter(measured.outputs.values()), {})
     names = list(maker.onnx)
     fields = {name: verdict.judged(task, outputs, name, "test") for name in names}

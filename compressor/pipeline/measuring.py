@@ -24,12 +24,12 @@ SYNTHETIC = 256
 
 @dataclass
 class Measured:
-    """What measuring gave. ``outputs`` are by provider, artifact and split."""
+    """What measuring gave. ``outputs`` are by provider and batch size, artifact and split."""
 
     providers: list[str]
     rows: list[Row] = field(default_factory=list)
     raw: list[Measurement] = field(default_factory=list)
-    outputs: dict[str, Outputs] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], Outputs] = field(default_factory=dict)
     floors: dict[Target, dict[str, Any]] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -45,8 +45,8 @@ def measure(
 ) -> Measured:
     """Measures ONNX ``artifacts`` on ``targets``, the primary one first.
 
-    Outputs are taken on the first target of each provider; accuracy and fidelity do not depend on
-    batch size and threads. ``skipped`` artifacts become rows with their reason.
+    Outputs are taken for each provider and batch size, which they depend on (dynamic quantization
+    looks at the whole batch), but not for each thread count. ``skipped`` artifacts become rows with their reason.
     """
     with Worker() as worker:
         measured = Measured(worker.ask("providers")["providers"])
@@ -65,7 +65,7 @@ def measure(
         rows = verdict.rows(observed, target, task, primary)
         for row in rows:
             if "skipped" not in row:
-                outputs = measured.outputs.get(target.provider, {})
+                outputs = measured.outputs.get((target.provider, target.batch), {})
                 row |= verdict.as_run(task, outputs, row["artifact"])
         measured.rows += rows
         measured.rows += [
@@ -89,7 +89,8 @@ def _observe(
         for artifact in artifacts:
             protocol.skip(observed, artifact.name, target, f"onnxruntime here has no {wanted}")
         return observed
-    predict = {} if target.provider in measured.outputs else _whole_splits(task)
+    taken = (target.provider, target.batch)
+    predict = {} if taken in measured.outputs else _whole_splits(task)
     feed = task.splits.calibrate.head(target.batch)[0] if task.splits else task.examples(1)
     observed = observe(
         [artifact.checked() for artifact in artifacts],
@@ -101,7 +102,7 @@ def _observe(
         progress=detail,
     )
     if predict:
-        measured.outputs[target.provider] = observed.outputs
+        measured.outputs[taken] = observed.outputs
     return observed
 
 

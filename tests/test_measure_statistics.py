@@ -1,0 +1,258 @@
+"""Figures, intervals and verdicts: what holds for any raw values."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compressor.measure import statistics
+from compressor.measure.statistics import (
+    ENOUGH,
+    LEAST_EFFECT,
+    drop,
+    noise_flags,
+    noise_floor,
+    speedup,
+    summary,
+    verdict,
+)
+
+# Hypothesis looks at the clock by itself, and this machine may be busy.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+times = st.floats(1e-3, 1e3)
+blocks = st.lists(st.lists(times, min_size=1, max_size=9), min_size=1, max_size=9)
+ratios = st.floats(0.01, 100.0)
+bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+shares = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=60)
+errors = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=30)
+
+
+def pair(scores: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    both = np.array(scores, dtype=float)
+    return both[:, 0], both[:, 1]
+
+
+@unhurried
+@given(blocks)
+def test_a_summary_is_numpys_over_all_values(taken: list[list[float]]) -> None:
+    values = np.concatenate([np.array(block) for block in taken])
+    found = summary(taken)
+    assert found["n"] == len(values)
+    assert found["min"] == values.min()
+    assert found["p50"] == np.median(values)
+    assert found["mean"] == values.mean()
+
+
+@pytest.mark.parametrize(("name", "q", "needed"), [("p90", 90, 64), ("p99", 99, 662)])
+def test_a_percentile_needs_its_samples(name: str, q: int, needed: int) -> None:
+    values = np.random.default_rng(q).random(needed)
+    assert summary([values])[name] == np.percentile(values, q)
+    assert summary([values[:-1]])[name] is None
+
+
+@pytest.mark.parametrize(("name", "p"), [("p90", 0.9), ("p99", 0.99)])
+def test_enough_is_the_least_count_of_its_formula(name: str, p: float) -> None:
+    def missed(n: int) -> float:  # at most one of n lies above
+        return p**n + n * (1 - p) * p ** (n - 1)
+
+    assert ENOUGH[name] == next(n for n in itertools.count(2) if missed(n) <= 0.01)
+
+
+@unhurried
+@given(blocks, ratios)
+def test_c_times_as_long_is_c_times_slower(taken: list[list[float]], c: float) -> None:
+    longer = [[value * c for value in block] for block in taken]
+    assert list(speedup(longer, taken).values()) == pytest.approx([c, c, c], rel=1e-12)
+
+
+@unhurried
+@given(st.data(), st.integers(0, 9))
+def test_a_speedup_and_its_reverse_are_reciprocal(data: st.DataObject, seed: int) -> None:
+    ours = data.draw(blocks)
+    theirs = data.draw(
+        st.lists(st.lists(times, min_size=1), min_size=len(ours), max_size=len(ours))
+    )
+    one, other = speedup(ours, theirs, seed), speedup(theirs, ours, seed)
+    assert one == speedup(ours, theirs, seed)
+    assert one["low"] <= one["value"] <= one["high"]
+    assert [1 / one["value"], 1 / one["high"], 1 / one["low"]] == pytest.approx(
+        [other["value"], other["low"], other["high"]], rel=1e-12
+    )
+
+
+def test_the_interval_of_a_speedup_depends_on_the_seed_alone() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.gamma(9, size=(2, 12, 5))
+    assert speedup(ours, theirs, 1) == speedup(ours, theirs, 1) != speedup(ours, theirs, 2)
+
+
+def test_what_slows_a_round_down_for_both_does_not_widen_the_interval() -> None:
+    weather = np.random.default_rng(0).uniform(1, 5, (20, 1))
+    assert speedup(2 * weather, weather) == {"value": 2.0, "low": 2.0, "high": 2.0}
+
+
+@unhurried
+@given(st.floats(0.01, 100), st.floats(0.01, 100), st.floats(0, 1))
+def test_a_verdict_is_one_of_four_and_needs_the_whole_interval(
+    one: float, other: float, floor: float
+) -> None:
+    low, high = sorted((one, other))
+    band = 1 + max(LEAST_EFFECT, floor)
+    holds = {
+        "faster": low > band,
+        "slower": high < 1 / band,
+        "same": 1 / band <= low and high <= band,
+    }
+    expected = [said for said, held in holds.items() if held] or ["inconclusive"]
+    assert [verdict(low, high, floor)] == expected
+    if low <= 1 <= high:
+        assert verdict(low, high, floor) in ("same", "inconclusive")
+
+
+def test_the_floor_of_the_machine_widens_what_counts_as_the_same() -> None:
+    assert [verdict(1.05, 1.10, floor) for floor in (0.0, 0.07, 0.2)] == [
+        "faster",
+        "inconclusive",
+        "same",
+    ]
+    assert [verdict(0.91, 0.95, floor) for floor in (0.0, 0.07, 0.2)] == [
+        "slower",
+        "inconclusive",
+        "same",
+    ]
+    assert verdict(1.001, 1.019) == "same", "real, but nobody would notice"
+
+
+@unhurried
+@given(blocks)
+def test_the_same_times_have_no_noise_and_others_never_less(taken: list[list[float]]) -> None:
+    assert noise_floor(taken, taken) == 0
+    doubled = [[2 * value for value in block] for block in taken]
+    assert noise_floor(taken, doubled) == noise_floor(doubled, taken) == 1
+    turned = taken[::-1]
+    assert noise_floor(taken, turned) >= 0
+    assert noise_floor(taken, turned) == pytest.approx(noise_floor(turned, taken), rel=1e-12)
+
+
+def test_noise_flags_name_what_is_doubtful_and_what_to_do() -> None:
+    steady = [[1.0] * 10] * 8
+    assert noise_flags(steady) == []
+    assert [flag.split(":")[0] for flag in noise_flags([[1.0, 2.0] * 5] * 8)] == ["spread"]
+    assert [flag.split(":")[0] for flag in noise_flags([[1.0] * 10] * 4 + [[1.2] * 10] * 4)] == [
+        "drift"
+    ]
+    assert noise_flags([[1.0]] * 8) == [
+        "few samples; give it longer with --bench-time normal or full"
+    ]
+
+
+@unhurried
+@given(bits | shares, st.randoms(use_true_random=False))
+def test_a_drop_of_scores_is_their_difference_whatever_the_order(scores: Any, order: Any) -> None:
+    found = drop(*pair(scores), higher_is_better=True)
+    reference, got = pair(scores)
+    assert found["value"] == pytest.approx(float((reference - got).mean()), abs=1e-15)
+    assert -1 <= found["low"] <= found["value"] <= found["high"] <= 1
+    assert found["low"] < found["high"]
+    order.shuffle(scores)
+    assert drop(*pair(scores), higher_is_better=True) == pytest.approx(found, abs=1e-12)
+    swapped = drop(got, reference, higher_is_better=True)
+    assert [swapped["low"], swapped["high"]] == pytest.approx([-found["high"], -found["low"]])
+
+
+@pytest.mark.parametrize("count", [1, 10, 360, 10_000])
+def test_no_example_that_differs_is_no_proof_of_no_drop(count: int) -> None:
+    right = np.ones(count)
+    found = drop(right, right, higher_is_better=True)
+    assert found["value"] == 0
+    assert found["low"] == -found["high"]
+    # The rule of three: n examples without an event leave room for a share of about 3 / n.
+    assert 2.7 / (count + 2) < found["high"] < 3 / (count + 2)
+
+
+def test_the_interval_of_bonett_and_price() -> None:
+    """Worked by hand: 100 examples, 10 lost and 4 won: 11 and 5 of 102."""
+    lost, won = np.arange(100) < 10, np.arange(100) >= 96
+    found = drop(1.0 - won, 1.0 - lost, higher_is_better=True)
+    middle, spread = 6 / 102, np.sqrt((16 / 102 - (6 / 102) ** 2) / 102)
+    assert found["value"] == pytest.approx(0.06)
+    assert found["low"] == pytest.approx(middle - 1.96 * spread, abs=1e-5)
+    assert found["high"] == pytest.approx(middle + 1.96 * spread, abs=1e-5)
+
+
+@settings(unhurried, max_examples=25)
+@given(errors)
+def test_a_drop_of_errors_is_relative_to_the_reference(scores: Any) -> None:
+    reference, got = pair(scores)
+    found = drop(reference, got, higher_is_better=False)
+    whole = reference.mean() or 1.0
+    assert found["value"] == pytest.approx((got.mean() - reference.mean()) / whole, rel=1e-6)
+    assert found["low"] <= found["value"] <= found["high"]
+    assert found == drop(reference, got, higher_is_better=False)
+
+
+def test_twice_the_error_is_a_drop_of_one_and_equal_errors_have_no_width() -> None:
+    errors = np.random.default_rng(0).chisquare(1, 50)
+    assert drop(errors, 2 * errors, higher_is_better=False) == {"value": 1, "low": 1, "high": 1}
+    assert drop(errors, errors, higher_is_better=False) == {"value": 0, "low": 0, "high": 0}
+    nothing = np.zeros(50)
+    assert drop(nothing, nothing + 0.5, higher_is_better=False)["value"] == 0.5, "absolute"
+
+
+def test_a_reference_that_is_nearly_always_exact_keeps_one_scale() -> None:
+    """Resamples that miss its only error must not fall back to absolute errors."""
+    reference = np.array([0.0] * 9 + [1000.0])
+    found = drop(reference, reference + 1, higher_is_better=False)
+    assert found["value"] == pytest.approx(0.01)
+    assert found["high"] < 0.02
+
+
+@pytest.mark.parametrize(("one", "other"), [((3,), (4,)), ((3, 1), (3, 1)), ((0,), (0,))])
+def test_scores_of_other_examples_are_refused(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="scores of the same examples"):
+        drop(np.zeros(one), np.zeros(other), higher_is_better=True)
+
+
+def covered(draw: Any, truth: float, higher_is_better: bool, repeats: int) -> float:
+    """The share of seeded repeats whose interval holds the truth."""
+    rng = np.random.default_rng(2026)
+    found = [drop(*draw(rng), higher_is_better=higher_is_better) for _ in range(repeats)]
+    return float(np.mean([one["low"] <= truth <= one["high"] for one in found]))
+
+
+@pytest.mark.parametrize(
+    ("count", "lost", "won"), [(100, 0.02, 0.01), (360, 0.01, 0.0), (50, 0.2, 0.1)]
+)
+def test_the_interval_of_right_and_wrong_covers(count: int, lost: float, won: float) -> None:
+    def draw(rng: np.random.Generator) -> tuple[Any, Any]:
+        what = rng.choice(3, count, p=[lost, won, 1 - lost - won])
+        return (what != 1).astype(float), (what != 0).astype(float)
+
+    assert covered(draw, lost - won, True, 2000) >= 0.90
+
+
+def test_the_interval_of_shares_covers() -> None:
+    """A segmentation's pixel accuracies: 0.90 and 0.88 on average, correlated."""
+
+    def draw(rng: np.random.Generator) -> tuple[Any, Any]:
+        reference = rng.beta(9, 1, 100)
+        return reference, reference * rng.beta(88, 2, 100)
+
+    assert covered(draw, 0.9 - 0.9 * 88 / 90, True, 2000) >= 0.90
+
+
+def test_the_interval_of_squared_errors_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residuals of a compressed regression: the original's and a little noise."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)  # fast
+
+    def draw(rng: np.random.Generator) -> tuple[Any, Any]:
+        residual = rng.standard_normal(100)
+        return residual**2, (residual + 0.5 * rng.standard_normal(100)) ** 2
+
+    assert covered(draw, 0.25, False, 300) >= 0.90
