@@ -46,7 +46,8 @@ def measure(
     """Measures ONNX ``artifacts`` on ``targets``, the primary one first.
 
     Outputs are taken for each provider and batch size, which they depend on (dynamic quantization
-    looks at the whole batch), but not for each thread count. ``skipped`` artifacts become rows with their reason.
+    looks at the whole batch), but not for each thread count. ``skipped`` artifacts become rows with
+    their reason.
     """
     with Worker() as worker:
         measured = Measured(worker.ask("providers")["providers"])
