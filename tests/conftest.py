@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from compressor.measure.protocol import SECONDS
 from compressor.report import Report
+
+# Examples are never judged by the clock; CI draws the same ones every time.
+settings.register_profile(
+    "compressor",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+settings.load_profile("compressor")
 
 
 @pytest.fixture(scope="session", autouse=True)

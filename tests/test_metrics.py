@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.testing import assert_array_equal
@@ -18,7 +18,6 @@ from compressor.metrics import METRICS, metric_of
 from compressor.task import KINDS, Kind
 
 # Hypothesis looks at the clock by itself, and this machine may be busy.
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Two pictures of 2 x 2 pixels. Output of the first: classes 0 1 / 1 1, of the second: all 2.
 PICTURES = np.moveaxis(np.eye(3)[np.array([[[0, 1], [1, 1]], [[2, 2], [2, 2]]])], -1, 1)
@@ -85,7 +84,6 @@ def test_targets_of_another_shape_are_refused(kind: Kind, name: str) -> None:
         METRICS[kind][name].score(np.array(outputs), wrong)
 
 
-@unhurried
 @given(st.data(), st.sampled_from(sorted({case[0] for case in BY_HAND} - {"regression"})))
 def test_scores_lie_between_zero_and_one(data: st.DataObject, kind: Kind) -> None:
     count, classes = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 7))
@@ -103,7 +101,6 @@ def test_scores_lie_between_zero_and_one(data: st.DataObject, kind: Kind) -> Non
         assert metric.higher_is_better
 
 
-@unhurried
 @given(arrays.arrays(np.float32, (4, 3), elements=st.floats(-(2.0**99), 2.0**99, width=32)))
 def test_errors_are_finite_and_zero_for_the_target_itself(outputs: Any) -> None:
     for metric in METRICS["regression"].values():
@@ -188,7 +185,6 @@ def test_outputs_of_another_shape_are_refused() -> None:
 any_float = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@unhurried
 @given(st.data(), st.sampled_from(KINDS))
 def test_fidelity_is_strict_json_for_any_finite_outputs(data: st.DataObject, kind: Kind) -> None:
     shape = (2, 3, 1, 1) if kind == "segmentation" else (2, 3)
