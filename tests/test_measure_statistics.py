@@ -181,7 +181,7 @@ def test_the_interval_of_bonett_and_price() -> None:
     assert found["high"] == pytest.approx(middle + 1.96 * spread, abs=1e-5)
 
 
-@settings(unhurried, max_examples=25)
+@settings(max_examples=25)
 @given(errors)
 def test_a_drop_of_errors_is_relative_to_the_reference(scores: Any) -> None:
     reference, got = pair(scores)
