@@ -60,7 +60,8 @@ class Artifact:
 
         Raises :class:`StageError` when the file is gone or has changed.
         """
-        if not self.path.is_file() or digest(self.path, *self.companions) != self.digest:
+        files = (self.path, *self.companions)
+        if not all(file.is_file() for file in files) or digest(*files) != self.digest:
             raise StageError(f"{self.path} changed since it was made; run again with --fresh")
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -129,7 +129,6 @@ class Task:
     splits: Splits | None = None
     data: str | None = None
     seed: int = 0
-    notes: tuple[str, ...] = field(default=())
 
     def examples(self, count: int) -> Inputs:
         """``count`` seeded synthetic inputs, each of shape ``(count, *shape)``."""

@@ -5,25 +5,29 @@ Everything is read with ``torch.load(weights_only=True)``: tensors and plain val
 
 from __future__ import annotations
 
-import hashlib
+import json
+import math
 import os
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
-from compressor import zoo
 from compressor.artifact import replacing
 from compressor.errors import InputError, one_line
 from compressor.loading import torchfile
+from compressor.loading.sketch import sketch
+from compressor.loading.torchfile import State
 from compressor.task import Input, Kind
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 FORMAT = "compressor.model"
@@ -31,12 +35,15 @@ ZOO = "compressor.zoo:"
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep the weights in a checkpoint."""
 
+LARGEST_EXAMPLE = 1 << 28
+"""Elements of one example that a file may ask to be made up: 1 GiB of float32."""
+
 
 @dataclass(frozen=True)
 class Described:
     """What a file says of itself; everything but ``state`` may be missing."""
 
-    state: Mapping[str, torch.Tensor]
+    state: State
     source: Mapping[str, Any] | None = None
     inputs: tuple[Input, ...] = ()
     kind: Kind | None = None
@@ -62,64 +69,81 @@ def save(
     example batch: a tensor, or a tuple of tensors, batch axis first; only shapes and dtypes are
     kept. ``data`` is a data spec such as ``digits``. ``about`` is kept as it is.
 
-    Raises :class:`InputError` when a zoo factory with these arguments does not give this model.
+    Raises :class:`InputError` when a zoo factory with these arguments does not give this model, or
+    when a value could not be read back.
     """
     path = Path(path)
-    given = dict(arguments or {})
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     if factory.startswith(ZOO):
-        rebuilt = zoo.build(factory.removeprefix(ZOO), given)
-        torchfile.load_state(rebuilt, model.state_dict(), path)
+        torchfile.fits(sketch(factory.removeprefix(ZOO), arguments or {}, state), state, path)
     elif factory.count(":") != 1:
         raise InputError(f"factory {factory!r}: write compressor.zoo:NAME or PKG.MOD:FACTORY")
-    examples = inputs if isinstance(inputs, tuple) else (inputs,)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    document = {
+    examples = inputs if isinstance(inputs, tuple | list) else (inputs,)
+    said = {
         "format": FORMAT,
         "version": 1,
-        "factory": factory,
-        "arguments": given,
+        "source": {"factory": factory, "arguments": dict(arguments or {})},
         "inputs": [
             {**asdict(given), "shape": [1, *given.shape]} for given in inputs_like(examples)
         ],
         "kind": kind,
         "data": data,
         "about": dict(about or {}),
-        "state_dict": state,
-        "digest": state_digest(state),
     }
-    with replacing(path) as beside:
-        torch.save(document, beside)
+    try:
+        plain = json.loads(json.dumps(said))  # a NumPy number would be pickled as a class
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: arguments and about must be plain JSON values: {one_line(error)}"
+        ) from None
+    document = {**plain, "digest": torchfile.digest_of(plain, state), "state_dict": state}
+    _own(path, document)  # what is written can be read
+    # Given a name, torch.save would write it into the archive: the same model, other bytes.
+    with replacing(path) as beside, beside.open("wb") as file:
+        torch.save(document, file)
     return path
 
 
 def inputs_like(examples: Sequence[torch.Tensor | NDArray[np.generic]]) -> tuple[Input, ...]:
-    """What inputs a model takes, read off a batch of them, batch axis first."""
+    """What inputs a model takes, read off a batch of them, batch axis first.
+
+    Raises :class:`InputError` for what is no batch and for a dtype that NumPy does not have.
+    """
     names = ["input"] if len(examples) == 1 else [f"input_{at}" for at in range(len(examples))]
-    return tuple(
-        Input(
-            name,
-            tuple(int(size) for size in example.shape[1:]),
-            str(example.dtype).removeprefix("torch."),
-            high=_high(example),
+    found = []
+    for name, example in zip(names, examples, strict=True):
+        if not isinstance(example, torch.Tensor | np.ndarray) or example.ndim == 0:
+            raise InputError(f"{name} is no batch but {example!r:.40}: give tensors, batch first")
+        said = {
+            "name": name,
+            "shape": [1, *(int(size) for size in example.shape[1:])],
+            "dtype": str(example.dtype).removeprefix("torch."),
+        }
+        found.append(_input({**said, "high": _high(example)}))
+    return tuple(found)
+
+
+def _input(said: Mapping[str, Any]) -> Input:
+    """The input that a file describes, its ``shape`` with a batch axis, checked."""
+    name, shape, dtype, high = said["name"], tuple(said["shape"][1:]), said["dtype"], said["high"]
+    sizes = all(type(size) is int and size >= 1 for size in shape)
+    if not sizes or math.prod(shape) > LARGEST_EXAMPLE:
+        raise InputError(f"input {name!r} has the shape {list(shape)!r:.60}: it cannot be meant")
+    if dtype not in ("float16", "float32", "float64", "bool") and not re.fullmatch(
+        "u?int(8|16|32|64)", str(dtype)
+    ):
+        raise InputError(f"input {name!r} is of dtype {dtype!r:.40}: convert it to float32")
+    if type(high) is not int or high < 1:
+        raise InputError(
+            f"input {name!r} is drawn below {high!r:.40}: it must be an integer above 0"
         )
-        for name, example in zip(names, examples, strict=True)
-    )
+    return Input(str(name), shape, dtype, high)
 
 
 def _high(example: Any) -> int:
     """One more than the largest integer seen: made-up token ids stay inside the vocabulary."""
-    whole = not str(example.dtype).removeprefix("torch.").startswith(("float", "bfloat"))
-    return int(example.max()) + 1 if whole and example.shape[0] else 2
-
-
-def state_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes: a flipped bit in a zip goes unnoticed."""
-    total = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().contiguous()
-        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    whole = not str(example.dtype).removeprefix("torch.").startswith(("float", "bfloat", "complex"))
+    return max(int(example.max()) + 1, 1) if whole and math.prod(example.shape) else 2
 
 
 def read(path: Path) -> Described:
@@ -133,11 +157,13 @@ def read(path: Path) -> Described:
         raise InputError(f"{path} {what}: give a model file such as model.pt")
     if path.suffix == torchfile.SUFFIX:
         return Described(_safetensors(path))
-    given = _unpickled(path)
+    with warnings.catch_warnings(action="ignore"):  # what PyTorch thinks of a foreign file
+        given = _unpickled(path)
     if not isinstance(given, dict):
         raise InputError(
             f"{path} holds a {type(given).__name__}, not weights: save model.state_dict()"
         )
+    _check_memory(path, given)
     if given.get("format") == FORMAT:
         return _own(path, given)
     for key in WRAPPERS:
@@ -155,11 +181,25 @@ def read(path: Path) -> Described:
     return Described({str(key).removeprefix(prefix): value for key, value in given.items()})
 
 
-def _safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+def _check_memory(path: Path, given: Mapping[Any, Any]) -> None:
+    """Refuses tensors that repeat a few stored numbers until they fill the memory (stride 0)."""
+    size = path.stat().st_size
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            _check_memory(path, value)
+        elif isinstance(value, torch.Tensor) and value.numel() * value.element_size() > size:
+            raise InputError(
+                f"{path}: {name!r} has the shape {tuple(value.shape)}, more than the file's "
+                f"{size:,} bytes can hold: save contiguous tensors"
+            )
+
+
+def _safetensors(path: Path) -> State:
     from safetensors.torch import load_file
 
-    torchfile.header(path)
-    return cast("Mapping[str, torch.Tensor]", load_file(path))
+    torchfile.header(path)  # what is wrong with the file becomes one line
+    state: State = load_file(path)
+    return state
 
 
 def _unpickled(path: Path) -> Any:
@@ -186,10 +226,11 @@ def _unpickled(path: Path) -> Any:
 
 def _is_program(path: Path) -> bool:
     """Whether the archive carries code or a graph (TorchScript, ``torch.export``)."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
+        return False  # a damaged file: loading it will say so
     return any("/code/" in name or name.endswith("models/model.json") for name in names)
 
 
@@ -206,30 +247,21 @@ def _own(path: Path, given: Mapping[str, Any]) -> Described:
         if given["version"] != 1:
             raise InputError(f"{path} has version {given['version']!r}; this release reads 1")
         state = given["state_dict"]
-        if state_digest(state) != given["digest"]:
-            raise InputError(f"{path} is damaged: its weights do not match their digest")
-        kind = given["kind"]
+        said = {key: given[key] for key in given if key not in ("digest", "state_dict")}
+        if torchfile.digest_of(said, state) != given["digest"]:
+            raise InputError(f"{path} is damaged: it does not match its digest; save it again")
+        kind, data = given["kind"], given["data"]
         if kind is not None and kind not in get_args(Kind):
             raise InputError(f"{path} names the task kind {kind!r}, which is unknown")
+        if data is not None and not isinstance(data, str):
+            raise InputError(f"{path} names the data {data!r:.60}, which is no data spec")
+        inputs = tuple(_input(said) for said in given["inputs"])
         return Described(
-            state,
-            {"factory": str(given["factory"]), "arguments": dict(given["arguments"])},
-            tuple(
-                Input(
-                    str(said["name"]),
-                    tuple(said["shape"][1:]),
-                    str(said["dtype"]),
-                    int(said["high"]),
-                )
-                for said in given["inputs"]
-            ),
-            kind,
-            given["data"],
-            dict(given["about"]),
+            state, torchfile.source_of(given), inputs, kind, data, dict(given["about"])
         )
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise InputError(
             f"{path} says it is a {FORMAT} but is broken ({one_line(error, 60)}): save it again"
         ) from None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor.errors import InputError
+from compressor.errors import InputError, one_line
 
 Edit = Mapping[str, Any]
 
@@ -46,7 +46,8 @@ def apply(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
             EDITS[edit["edit"]](model, edit)
         except (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"an edit in the file does not fit its model: {dict(edit)!s:.120}: {error}"
+                f"an edit in the file does not fit its model: {dict(edit)!s:.120}: "
+                f"{one_line(error, 160)}"
             ) from None
     return model
 
@@ -57,7 +58,14 @@ def _keep(model: nn.Module, edit: Edit) -> None:
     old = owner._parameters.get(name, owner._buffers.get(name))
     if old is None:
         raise KeyError(edit["parameter"])
-    kept = old.detach().index_select(int(edit["dim"]), torch.tensor(edit["indices"]))
+    dim, indices = edit["dim"], edit["indices"]
+    if type(dim) is not int or not 0 <= dim < old.ndim:
+        raise ValueError(f"it has {old.ndim} axes")
+    # A sketch has no elements, so PyTorch would not notice a position that is not there.
+    size = old.shape[dim]
+    if not indices or not all(type(at) is int and 0 <= at < size for at in indices):
+        raise ValueError(f"positions on that axis are integers from 0 to {size - 1}")
+    kept = old.detach().index_select(dim, torch.tensor(indices, device=old.device))
     if name in owner._parameters:
         kept = nn.Parameter(kept, requires_grad=old.requires_grad)
     setattr(owner, name, kept)

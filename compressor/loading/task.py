@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,20 @@ import torch
 from torch import nn
 
 from compressor import data as sources
-from compressor import names, zoo
+from compressor import names
 from compressor.errors import InputError, one_line
 from compressor.loading import checkpoint, torchfile
 from compressor.loading.checkpoint import ZOO, Described
+from compressor.loading.sketch import sketch
+from compressor.loading.torchfile import State
 from compressor.metrics import metric_of
 from compressor.task import Batch, Input, Inputs, Kind, Splits, Task
 
 Factory = Callable[[], nn.Module]
 Arch = str | Factory | None
+
+LIVE = "live:"
+"""Starts the factory's name of a model that was handed in as an object."""
 
 SPLIT_SEED = 0
 """Data is always carved the same way, whatever ``seed``: otherwise a model that was trained on one
@@ -54,13 +61,14 @@ def task(
     data that the file names. Raises :class:`InputError` when model and data do not fit.
     """
     if isinstance(model, nn.Module):
-        reference, said = copy.deepcopy(model).cpu().eval(), Described({})
-        where = f"{type(model).__module__}.{type(model).__qualname__}"
-        source: Mapping[str, Any] = {"factory": f"live:{where}", "arguments": {}}
+        reference, said = _copy(model).cpu().eval(), Described({})
+        source: Mapping[str, Any] = {"factory": _live(type(model)), "arguments": {}}
         name = re.sub(r"\W+", "-", type(model).__name__).lower()
-    else:
+    elif isinstance(model, str | Path):
         reference, source, said = _loaded(Path(model), arch)
         name = Path(model).stem
+    else:
+        raise InputError(f"the model is a {type(model).__name__}: give a path or an nn.Module")
     _check_weights(reference, name)
     spec = data if data is not None else said.data
     given = None
@@ -93,32 +101,43 @@ def task(
 
 def _loaded(path: Path, arch: Arch) -> tuple[nn.Module, Mapping[str, Any], Described]:
     if path.suffix == torchfile.SUFFIX and path.is_file() and torchfile.header(path):
-        model, source = torchfile.rebuild(path, lambda source: _build(source, arch, path))
+        model, source = torchfile.rebuild(
+            path, lambda source, state: _build(source, state, arch, path)
+        )
         return model, source, Described({})
     said = checkpoint.read(path)
     source = said.source or {"factory": _arch_name(arch), "arguments": {}}
-    if not said.source and arch is None:
+    if said.source is None and arch is None:
         raise InputError(
             f"{path} holds weights only: add --arch PKG.MOD:FACTORY, the function that builds "
             "its model"
         )
-    model = _build(source, arch, path)
+    model = _build(source, said.state, arch, path)
     return torchfile.load_state(model, said.state, path).eval(), source, said
 
 
-def _build(source: Mapping[str, Any], arch: Arch, path: Path) -> nn.Module:
-    """The untrained model. A name out of a file resolves to the zoo; any other must be given."""
-    name = str(source["factory"])
+def _build(source: Mapping[str, Any], state: State, arch: Arch, path: Path) -> nn.Module:
+    """The untrained model, a sketch where it is the zoo's.
+
+    A name out of a file resolves to the zoo; any other must be given. The file's arguments go to
+    the factory that was given if it takes them.
+    """
+    name, arguments = source["factory"], source["arguments"]
     if arch is None and name.startswith(ZOO):
-        return zoo.build(name.removeprefix(ZOO), source["arguments"])
+        return sketch(name.removeprefix(ZOO), arguments, state)
+    if arch is None and name.startswith(LIVE):
+        raise InputError(
+            f"{path} was made from a live {name.removeprefix(LIVE)}: give the function that builds "
+            "it, --arch PKG.MOD:FACTORY"
+        )
     if arch is None:
         raise InputError(
-            f"{path} names the factory {name!r}, which is not in the zoo and could run any code: "
-            f"add --arch {name} to the command line if you trust it"
+            f"{path} names the factory {name!r:.200}, which is not in the zoo and could run any "
+            f"code: add --arch {name:.200} to the command line if you trust it"
         )
     found = names.function(arch, "--arch") if isinstance(arch, str) else arch
-    arguments = source["arguments"] if name == _arch_name(arch) else {}
-    built = names.call(lambda: found(**arguments), _arch_name(arch), "--arch")
+    factory = partial(found, **arguments) if _takes(found, arguments) else found
+    built = names.call(factory, _arch_name(arch), "--arch")
     if not isinstance(built, nn.Module):
         raise InputError(
             f"--arch {_arch_name(arch)} gave a {type(built).__name__}: it must return an nn.Module"
@@ -126,10 +145,31 @@ def _build(source: Mapping[str, Any], arch: Arch, path: Path) -> nn.Module:
     return built.cpu()
 
 
+def _takes(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _arch_name(arch: Arch) -> str:
-    if arch is None or isinstance(arch, str):
-        return arch or ""
-    return f"live:{getattr(arch, '__module__', '')}.{getattr(arch, '__qualname__', 'factory')}"
+    return arch or "" if arch is None or isinstance(arch, str) else _live(arch)
+
+
+def _live(thing: Any) -> str:
+    """The name of a class or function that no file can give back."""
+    return f"{LIVE}{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', 'factory')}"
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied ({one_line(error, 120)}): give its state "
+            "dict and --arch, or the model without what cannot be copied"
+        ) from None
 
 
 def _check_weights(model: nn.Module, name: str) -> None:
@@ -159,7 +199,7 @@ def _inputs(said: Described, splits: Splits | None, name: str) -> tuple[Input, .
 def _probe(
     model: nn.Module, inputs: tuple[Input, ...], splits: Splits | None, name: str
 ) -> torch.Tensor:
-    """The first output of one forward pass over two examples."""
+    """The first output of a forward pass over two examples, after one over three was compared."""
     batch: Inputs
     if splits is None:
         batch = tuple(given.synthetic(2, 0) for given in inputs)
@@ -168,39 +208,50 @@ def _probe(
     shapes = ", ".join(f"{part.dtype} {part.shape}" for part in batch)
     try:
         with torch.inference_mode():
-            output = first(model(*map(torch.from_numpy, batch)))
+            three = first(model(*(torch.from_numpy(part[[0, 1, 0]]) for part in batch)))
+            outputs = tensors(model(*map(torch.from_numpy, batch)))
+            output = outputs[0]
     except Exception as error:
         raise InputError(
             f"{name} cannot take the data's examples ({shapes}): {one_line(error, 160)}"
         ) from None
-    if output.ndim == 0 or output.shape[0] != 2:
+    # A second batch size: a model of two classes that sums over its batch gives two numbers too.
+    if output.ndim == 0 or output.shape[0] != 2 or three.shape != (3, *output.shape[1:]):
         raise InputError(
             f"{name} turns a batch of 2 into shape {tuple(output.shape)}: the first axis of its "
             "output must be the example"
         )
-    if not torch.isfinite(output).all():
+    if not all(torch.isfinite(each).all() for each in outputs):
         raise InputError(f"{name} gives NaN or infinity on the data's first examples")
     return output
 
 
+def tensors(output: Any) -> list[torch.Tensor]:
+    """All tensors of what a model returned, in order: of tuples, lists and dicts, nested or not."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, str) or not isinstance(parts, Iterable):
+        return []  # a flag or a None beside the tensors
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
 def first(output: Any) -> torch.Tensor:
     """The first tensor of what a model returned: the one that metrics judge."""
-    while not isinstance(output, torch.Tensor):
-        parts = list(output.values()) if isinstance(output, Mapping) else output
-        output = parts[0]
-    return output
+    return tensors(output)[0]
 
 
 def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any]) -> Kind:
     """The kind of task that an output ``(2, ...)`` and targets ``(n, ...)`` speak of."""
     whole = np.issubdtype(targets.dtype, np.integer)
-    zero_one = bool(np.isin(targets, (0, 1)).all())
+    # PyTorch's own binary losses want floats: both values, nothing else, are labels all the same.
+    zero_one = set(np.unique(targets)) == {0, 1} or (whole and bool(np.isin(targets, (0, 1)).all()))
     width = output.shape[1] if output.ndim > 1 else 1
     if whole and targets.ndim == 1 and output.ndim == 2 and width > 1:
         return "classification"
-    if whole and zero_one and width == 1 and targets.size == len(targets):
+    if zero_one and width == 1 and targets.size == len(targets):
         return "binary"
-    if whole and zero_one and targets.ndim == 2 and targets.shape[1:] == output.shape[1:]:
+    if zero_one and targets.ndim == 2 and targets.shape[1:] == output.shape[1:]:
         return "multilabel"
     if whole and output.ndim == 4 and targets.ndim == 3:
         return "segmentation"
@@ -208,7 +259,7 @@ def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any]) -> Kind:
         return "regression"
     raise InputError(
         f"targets {targets.dtype} {targets.shape} do not fit an output of shape "
-        f"{tuple(output.shape)}: no task kind has both"
+        f"{tuple(output.shape)}: no task kind has both (regression targets are floats)"
     )
 
 
@@ -238,6 +289,8 @@ def _check_batch(kind: Kind, name: str, classes: int, output: torch.Tensor, batc
         )
     if kind == "regression":
         return
+    if shape is not None and not np.issubdtype(targets.dtype, np.integer):
+        raise InputError(f"{kind} targets of {name} are {targets.dtype}: give integer labels")
     low, high = targets.min(), targets.max()
     if low < 0 or high >= classes:
         raise InputError(

@@ -1,18 +1,21 @@
 """Torch-form artifacts: safetensors whose header says how to build the model. No pickle.
 
-The header's ``compressor`` entry is JSON: ``{"format": 1, "source": {...}, "edits": [...]}`` with
-the model's own source (a factory and its arguments) and the ordered edits of
-:mod:`compressor.loading.edits`. Law: loading what was saved gives the same tensors, bit for bit,
-in a process that has never seen the run.
+The header's ``compressor`` entry is JSON: ``{"format": 1, "source": {...}, "edits": [...],
+"digest": "..."}`` with the model's own source (a factory and its arguments), the ordered edits of
+:mod:`compressor.loading.edits` and a digest over all of it and the tensors. Law: loading what was
+saved gives the same tensors, bit for bit, in a process that has never seen the run; a file that
+was damaged since is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from compressor.artifact import Artifact, replacing
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 Source = Mapping[str, Any]
+State = Mapping[str, torch.Tensor]
 
 
 def write(path: Path, model: nn.Module, source: Source, edits: Sequence[Edit] = ()) -> None:
@@ -34,12 +38,29 @@ def write(path: Path, model: nn.Module, source: Source, edits: Sequence[Edit] = 
     state = {
         name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()
     }
-    header = json.dumps(
-        {"format": 1, "source": dict(source), "edits": [dict(edit) for edit in edits]},
-        sort_keys=True,
-    )
+    said = {"format": 1, "source": dict(source), "edits": [dict(edit) for edit in edits]}
+    header = json.dumps({**said, "digest": digest_of(said, state)}, sort_keys=True)
     with replacing(path) as beside:
         save_file(state, beside, metadata={"compressor": header})
+
+
+def state_digest(state: State) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous()
+        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def digest_of(said: Mapping[str, Any], state: State) -> str:
+    """SHA-256 over plain JSON values and tensors: no file format here notices a flipped bit.
+
+    It finds damage, not malice: who changes a file on purpose can change its digest too.
+    """
+    text = json.dumps(said, sort_keys=True) + state_digest(state)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def header(path: Path) -> dict[str, Any] | None:
@@ -54,28 +75,40 @@ def header(path: Path) -> dict[str, Any] | None:
             said = (file.metadata() or {}).get("compressor")
         if said is None:
             return None
-        found = json.loads(said)
+        found = dict(json.loads(said))
         if found["format"] != 1:
             raise InputError(f"{path} has format {found['format']!r}; this version reads format 1")
-        return {"source": dict(found["source"]), "edits": list(found["edits"])}
+        return {**found, "source": source_of(found), "edits": [dict(at) for at in found["edits"]]}
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{path} is not a safetensors model: {one_line(error)}") from None
 
 
-def fill(path: Path, model: nn.Module) -> nn.Module:
-    """Copies the tensors of the safetensors file ``path`` into ``model``, names and shapes alike.
+def source_of(said: Mapping[str, Any]) -> Source:
+    """The factory, its arguments and earlier edits that a file names, or :class:`ValueError`."""
+    source = said["source"]
+    arguments, edits = source["arguments"], source.get("edits", [])
+    named = type(arguments) is dict and all(type(name) is str for name in arguments)
+    listed = type(edits) is list and all(type(edit) is dict for edit in edits)
+    if type(source["factory"]) is not str or not named or not listed:
+        raise ValueError("its source is not a factory and named arguments")
+    return dict(source)
 
-    Raises :class:`InputError` naming the first tensor that does not fit.
-    """
+
+def tensors_in(path: Path, said: Mapping[str, Any]) -> State:
+    """The tensors of the safetensors file ``path``, compared with the digest in its header."""
     from safetensors.torch import load_file
 
-    return load_state(model, load_file(path), path)
+    state = load_file(path)
+    rest = {key: value for key, value in said.items() if key != "digest"}
+    if digest_of(rest, state) != said.get("digest"):
+        raise InputError(f"{path} is damaged: it does not match its digest; make it again")
+    return state
 
 
-def load_state(model: nn.Module, state: Mapping[str, Any], path: Path) -> nn.Module:
-    """``model.load_state_dict`` whose refusal is one line."""
+def fits(model: nn.Module, state: State, path: Path) -> None:
+    """Raises :class:`InputError` naming the first tensor whose name or shape ``model`` lacks."""
     wanted = model.state_dict()
     for name in wanted:
         if name not in state:
@@ -88,7 +121,17 @@ def load_state(model: nn.Module, state: Mapping[str, Any], path: Path) -> nn.Mod
     for name in state:
         if name not in wanted:
             raise InputError(f"{path} holds {name!r}, which the factory's model does not have")
-    model.load_state_dict(dict(state))
+
+
+def load_state(model: nn.Module, state: State, path: Path) -> nn.Module:
+    """Copies ``state`` into ``model``, which it has to fit; a sketch gets its memory first."""
+    fits(model, state, path)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        model.to_empty(device="cpu")
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:  # for example sparse tensors
+        raise InputError(f"{path} does not load into its model: {one_line(error, 160)}") from None
     return model
 
 
@@ -97,13 +140,21 @@ def open_model(artifact: Artifact, task: Task) -> tuple[nn.Module, list[Edit]]:
     found = header(artifact.path)
     if artifact.form != "torch" or found is None:
         raise InputError(f"{artifact.path} is not a torch-form artifact")
+    state = tensors_in(artifact.path, found)
     model = apply(task.model(), found["edits"])
-    return fill(artifact.path, model).eval(), found["edits"]
+    return load_state(model, state, artifact.path).eval(), found["edits"]
 
 
-def rebuild(path: Path, build: Callable[[Source], nn.Module]) -> tuple[nn.Module, Source]:
-    """The model of a torch-form file, its source turned into a module by ``build``."""
+def rebuild(path: Path, build: Callable[[Source, State], nn.Module]) -> tuple[nn.Module, Source]:
+    """The model of a torch-form file, its source turned into a module by ``build``.
+
+    ``build(source, state)`` also sees the tensors that the model will hold. The source that comes
+    back has the file's edits in it: it is the source of the model as it is now.
+    """
     found = header(path)
     if found is None:
         raise InputError(f"{path} does not say how to build its model: add --arch PKG.MOD:FACTORY")
-    return fill(path, apply(build(found["source"]), found["edits"])).eval(), found["source"]
+    state = tensors_in(path, found)
+    source, edits = found["source"], [*found["source"].get("edits", ()), *found["edits"]]
+    model = apply(build(source, state), edits)
+    return load_state(model, state, path).eval(), {**source, "edits": edits}

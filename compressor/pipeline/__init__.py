@@ -15,7 +15,7 @@ from compressor import recipe as recipes
 from compressor.artifact import Artifact, digest, replacing, write_text
 from compressor.errors import InputError
 from compressor.loading import task as tasks
-from compressor.loading.checkpoint import state_digest
+from compressor.loading.torchfile import state_digest
 from compressor.measure.environment import cores
 from compressor.measure.protocol import SECONDS
 from compressor.measure.runtime import SETTINGS

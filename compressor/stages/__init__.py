@@ -9,12 +9,13 @@ form it takes; the runner exports where it has to.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 from compressor.artifact import Artifact
-from compressor.errors import InputError
+from compressor.errors import InputError, one_line
 from compressor.recipe import Recipe, Step
 from compressor.stages.distill import distill
 from compressor.stages.export import export
@@ -64,11 +65,17 @@ def bound(step: Step) -> Step:
             raise InputError(f"step {step.name!r}: {step.stage} needs the setting {name!r}")
         value = step.settings.get(name, default)
         try:
-            settings[name] = TypeAdapter(hints[name]).validate_python(value)
+            # Through JSON, where a list may stand for a tuple, but "3" or true is no number.
+            text = json.dumps(value, allow_nan=False)
+            settings[name] = TypeAdapter(hints[name]).validate_json(text, strict=True)
         except ValidationError as error:
             said = error.errors()[0]["msg"]
             said = said[0].lower() + said[1:]
-            raise InputError(f"step {step.name!r}: {name} = {value!r}: {said}") from None
+            raise InputError(f"step {step.name!r}: {name} = {value!r:.100}: {said}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"step {step.name!r}: {name} = {value!r:.100} is no plain value: {one_line(error)}"
+            ) from None
     return replace(step, settings=settings)
 
 

@@ -32,7 +32,7 @@ def distill(
     *,
     epochs: Annotated[int, Field(ge=1)] | None = None,
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3,
-    batch_size: Annotated[int, Field(ge=1)] = 64,
+    batch_size: Annotated[int, Field(ge=2)] = 64,
     loss: Literal["distill", "labels"] = "distill",
     temperature: Annotated[float, Field(gt=0)] = 4.0,
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
@@ -44,7 +44,8 @@ def distill(
     ``None`` means as many as show about 60,000 examples, 1 to 60. The weights that do best on the
     validation split stay.
 
-    Raises :class:`Unsuitable` without data.
+    Frozen parameters stay as they are. Raises :class:`Unsuitable` without data and where every
+    parameter is frozen.
     """
     if task.splits is None:
         raise Unsuitable("no data to train on: add --data SPEC")
@@ -52,14 +53,16 @@ def distill(
     share = weight if loss == "distill" else 0.0
     teacher = task.model().eval()
     model, edits = torchfile.open_model(artifact, task)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise Unsuitable("every parameter is frozen: nothing can be trained")
     labels, imitation = LOSSES[task.kind]
 
     def combined(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         value = labels(outputs, targets)
         if share:
-            with torch.inference_mode():
+            with torch.no_grad():
                 goal = first(teacher(*inputs))
-            value = (1 - share) * value + share * imitation(outputs, goal.clone(), temperature)
+            value = (1 - share) * value + share * imitation(outputs, goal, temperature)
         return value
 
     history = fit(
@@ -74,9 +77,7 @@ def distill(
         seed=task.seed,
     )
     path = into.with_name(into.name + torchfile.SUFFIX)
-    found = torchfile.header(artifact.path)
-    assert found is not None
-    torchfile.write(path, model, found["source"], edits)
+    torchfile.write(path, model, task.source, edits)
     settings = {
         "epochs": resolved,
         "learning_rate": learning_rate,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,16 +19,26 @@ from torch import nn
 from compressor.artifact import Onnx, Torch, replacing
 from compressor.errors import StageError, one_line
 from compressor.loading import torchfile
+from compressor.loading.task import tensors
 from compressor.measure.runtime import Session, open_session
-from compressor.task import Inputs, Task
+from compressor.task import Array, Inputs, Task
 
 SUFFIX = ".onnx"
 
 BATCHES = (1, 2, 7)
 """Parity is checked at these; 7 is one that no power-of-two assumption survives."""
 
-TOLERANCE = 1e-4
-"""Largest difference allowed between onnxruntime and PyTorch, relative to the largest output."""
+TOLERANCE = 2e-5
+"""Largest difference allowed between onnxruntime and PyTorch, relative to 1 + the largest output.
+All of the zoo stays below 3e-6; GELU by its tanh approximation is 4e-5 away in the zoo's ViT, a
+wrong epsilon of batch normalisation (1e-4 for 1e-5) 2e-4 in ResNet-20."""
+
+ROUNDING = 4.0
+"""Or so many times what PyTorch itself rounds off, for a model that amplifies the last bit of
+float32: two programs cannot agree better than each agrees with exact arithmetic."""
+
+REARRANGING = ("Concat", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that only move numbers."""
 
 
 def export(
@@ -37,21 +51,23 @@ def export(
     """Writes the model as a single ONNX file whose batch axis is dynamic.
 
     Raises :class:`StageError` when the exporter refuses the model, or when onnxruntime and PyTorch
-    disagree at batch 1, 2 or 7.
+    disagree at batch 1, 2 or 7 by more than rounding explains.
     """
     model, _ = torchfile.open_model(artifact, task)
     path = into.with_name(into.name + SUFFIX)
     proto = exported(model, task, opset)
     with replacing(path) as beside:
         beside.write_bytes(proto.SerializeToString(deterministic=True))
-    differences = parity(path, model, task)
-    worst = max(differences.values())
-    if not worst <= TOLERANCE:
-        path.unlink()
-        raise StageError(
-            f"exporting {artifact.name}: onnxruntime and PyTorch differ by {worst:.2g} of the "
-            f"largest output; allowed is {TOLERANCE:g}"
-        )
+        differences = parity(beside, model, task)
+        worst = float(np.max(list(differences.values())))  # NaN stays NaN, unlike with max()
+        allowed = TOLERANCE
+        if not worst <= allowed:
+            allowed = max(allowed, ROUNDING * rounding(model, task))
+        if not worst <= allowed:
+            raise StageError(
+                f"exporting {artifact.name}: onnxruntime and PyTorch differ by {worst:.2g} of the "
+                f"largest output; allowed is {allowed:.2g}"
+            )
     return artifact.then(path, "onnx", "export", {"opset": opset}, parity=differences)
 
 
@@ -60,9 +76,12 @@ def exported(model: nn.Module, task: Task, opset: int) -> Any:
     import onnx
 
     names = [given.name for given in task.inputs]
-    batch = torch.export.Dim("batch")
+    batch = {0: torch.export.Dim("batch")}
     # The example has 2: an axis of 1 would be taken for a constant.
     examples = tuple(map(torch.from_numpy, task.examples(2)))
+    # One entry for each argument of forward; that of ``*inputs`` is a tuple itself.
+    given = inspect.signature(model.forward).bind(*examples).arguments.values()
+    shapes = tuple((batch,) * len(at) if isinstance(at, tuple) else batch for at in given)
     noise = logging.getLogger("torch.onnx")
     level = noise.level
     noise.setLevel(logging.ERROR)
@@ -76,18 +95,45 @@ def exported(model: nn.Module, task: Task, opset: int) -> Any:
                 external_data=False,
                 opset_version=opset,
                 input_names=names,
-                dynamic_shapes=tuple({0: batch} for _ in examples),
+                dynamic_shapes=shapes,
                 verbose=False,
             )
     except Exception as error:
-        raise StageError(f"PyTorch cannot export the model: {one_line(error, 200)}") from error
+        raise StageError(f"PyTorch cannot export the model: {_why(error)}") from error
     finally:
         noise.setLevel(level)
     assert program is not None
+    _fold(program.model)
     proto = program.model_proto
     cleaned(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto
+
+
+def _fold(model: Any) -> None:
+    """Rearranges weights now rather than in every run, in place; no weight gets larger by it.
+
+    The exporter leaves the gates of an LSTM of 64 units to be sliced and joined at run time, where
+    quantization does not recognise them: folded, a two-layer LSTM of 256 units in dynamic int8 went
+    from 1.25 to 0.52 ms and from 3.4 to 0.9 MB.
+    """
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(
+        model,
+        input_size_limit=sys.maxsize,
+        output_size_limit=sys.maxsize,
+        should_fold=lambda node: None if node.op_type in REARRANGING else False,
+    )
+    optimizer.remove_unused_nodes(model)
+
+
+def _why(error: BaseException) -> str:
+    """The first line of what was wrong at first; the exporter wraps it in advice and colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    return one_line(StageError(text.splitlines()[0]), 200)
 
 
 def cleaned(proto: Any) -> None:
@@ -96,9 +142,20 @@ def cleaned(proto: Any) -> None:
     Stack traces and paths are no part of a model; the exporter's shapes of initialisers break
     ``quantize_dynamic`` ("Inferred shape and existing shape differ").
     """
-    graph = proto.graph
-    del graph.value_info[:]
-    for owner in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+    owners = [proto, *proto.functions]
+    graphs = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs:
+        graph = graphs.pop()
+        del graph.value_info[:]
+        owners += [graph, *graph.input, *graph.output, *graph.initializer]
+        nodes += graph.node
+        while nodes:
+            node = nodes.pop()
+            owners.append(node)
+            for attribute in node.attribute:  # the branches of an If, the body of a Loop
+                graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    for owner in owners:
         owner.ClearField("doc_string")
         owner.ClearField("metadata_props")
 
@@ -109,26 +166,47 @@ def parity(path: Path, model: nn.Module, task: Task) -> dict[str, float]:
     found = {}
     for size in BATCHES:
         examples = task.examples(size)
-        with torch.inference_mode():
-            wanted = tensors(model(*map(torch.from_numpy, examples)))
-        found[str(size)] = _apart(wanted, session, examples)
+        try:
+            wanted, got = _outputs(model, examples, torch.float32), session(*examples)
+        except Exception as error:
+            raise StageError(
+                f"the exported model does not run at batch {size}: {_why(error)}"
+            ) from error
+        found[str(size)] = apart(wanted, list(got) if isinstance(got, tuple) else [got])
     return found
 
 
-def tensors(output: Any) -> list[Any]:
-    """All tensors of a model's output, in order, as arrays."""
-    if isinstance(output, torch.Tensor):
-        return [output.numpy()]
-    parts = output.values() if isinstance(output, dict) else output
-    return [array for part in parts for array in tensors(part)]
+def rounding(model: nn.Module, task: Task) -> float:
+    """How far PyTorch's float32 is from its float64, as :func:`parity` counts; 0 if unknown."""
+    examples = task.examples(BATCHES[-1])
+    try:
+        exact = _outputs(copy.deepcopy(model).double(), examples, torch.float64)
+    except Exception:  # a model whose own code insists on float32
+        return 0.0
+    return apart(exact, _outputs(model, examples, torch.float32))
 
 
-def _apart(wanted: list[Any], session: Session, examples: Inputs) -> float:
-    got = session(*examples)
-    outputs = got if isinstance(got, tuple) else (got,)
-    worst = 0.0
-    for ours, theirs in zip(wanted, outputs, strict=True):
-        if ours.shape != theirs.shape:
-            raise StageError(f"onnxruntime gives shape {theirs.shape}, PyTorch {ours.shape}")
-        worst = max(worst, float(np.abs(ours - theirs).max() / (1 + np.abs(ours).max())))
-    return worst
+def apart(wanted: Sequence[Array], got: Sequence[Array]) -> float:
+    """Largest difference between two lists of outputs, each relative to 1 + its largest value.
+
+    NaN where either holds a NaN. Raises :class:`StageError` for other shapes or another number.
+    """
+    if [ours.shape for ours in wanted] != [theirs.shape for theirs in got]:
+        raise StageError(
+            f"onnxruntime gives outputs of shape {[theirs.shape for theirs in got]}, "
+            f"PyTorch {[ours.shape for ours in wanted]}"
+        )
+    worst = [0.0]
+    for ours, theirs in zip(wanted, got, strict=True):
+        exact = ours.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # infinite on both sides is no agreement either
+            largest = np.abs(exact).max(initial=0)
+            worst.append(np.abs(exact - theirs).max(initial=0) / (1 + largest))
+    return float(np.max(worst))
+
+
+def _outputs(model: nn.Module, examples: Inputs, dtype: torch.dtype) -> list[Array]:
+    given = map(torch.from_numpy, examples)
+    with torch.inference_mode():
+        found = tensors(model(*(x.to(dtype) if x.dtype == torch.float32 else x for x in given)))
+    return [tensor.numpy() for tensor in found]

@@ -37,6 +37,11 @@ def softened_bits(outputs: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return apart * temperature**2
 
 
+def labelled(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of logits, classes on axis 1, and integer labels."""
+    return F.cross_entropy(outputs, targets.long())
+
+
 def bits(outputs: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of logits, shapes alike up to axes of length 1."""
     return F.binary_cross_entropy_with_logits(outputs, targets.reshape(outputs.shape).float())
@@ -44,7 +49,7 @@ def bits(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error, shapes alike up to axes of length 1."""
-    return F.mse_loss(outputs, targets.reshape(outputs.shape))
+    return F.mse_loss(outputs, targets.reshape(outputs.shape).to(outputs.dtype))
 
 
 def matched(outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -53,8 +58,8 @@ def matched(outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 LOSSES: dict[Kind, Loss] = {
-    "classification": Loss(F.cross_entropy, softened),
-    "segmentation": Loss(F.cross_entropy, softened),
+    "classification": Loss(labelled, softened),
+    "segmentation": Loss(labelled, softened),
     "binary": Loss(bits, softened_bits),
     "multilabel": Loss(bits, softened_bits),
     "regression": Loss(squared, matched),

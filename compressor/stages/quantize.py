@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ from pydantic import Field
 from compressor.artifact import Onnx, replacing
 from compressor.errors import StageError, Unsuitable, one_line
 from compressor.measure.environment import has_vnni
+from compressor.measure.runtime import Session, open_session
 from compressor.stages.export import SUFFIX, cleaned
 from compressor.task import Inputs, Task
 
@@ -69,6 +72,7 @@ def quantize(
         cleaned(result)
         with replacing(path) as beside:
             beside.write_bytes(result.SerializeToString(deterministic=True))
+            _check(beside, task, artifact.name, scheme)
     return artifact.then(path, "onnx", "quantize", settings, reduce_range=not has_vnni(), **facts)
 
 
@@ -93,9 +97,13 @@ def _dynamic(model: Any, source: Path, made: Path) -> None:
 
 def _half(model: Any, source: Path, made: Path) -> None:
     import onnx
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    onnx.save(convert_float_to_float16(model, keep_io_types=True), made)
+    # The converter works in place, and appends its casts behind the nodes that read them.
+    half = ONNXModel(convert_float_to_float16(copy.deepcopy(model), keep_io_types=True))
+    half.topological_sort()
+    onnx.save(half.model, made)
 
 
 SIMPLE: dict[str, Callable[[Any, Path, Path], None]] = {"dynamic": _dynamic, "fp16": _half}
@@ -142,13 +150,24 @@ def _static(path: Path, source: Path, made: Path, task: Task, samples: int) -> d
 def calibration(task: Task, samples: int) -> Iterator[Inputs]:
     """At most ``samples`` examples in small batches: the calibration split, or made-up ones."""
     if task.splits is None:
-        whole = task.examples(samples)
         for start in range(0, samples, CALIBRATION_BATCH):
-            yield tuple(part[start : start + CALIBRATION_BATCH] for part in whole)
+            # Every input has a seed of its own, counted from the task's.
+            seeded = replace(task, seed=task.seed + start * len(task.inputs))
+            yield seeded.examples(min(CALIBRATION_BATCH, samples - start))
         return
     split = task.splits.calibrate
     for inputs, _ in split.take(np.arange(min(samples, len(split)))).batches(CALIBRATION_BATCH):
         yield inputs
+
+
+def _check(path: Path, task: Task, name: str, scheme: str) -> None:
+    """Raises :class:`StageError` for a file that onnxruntime does not run."""
+    try:
+        Session(open_session(path))(*task.examples(2))
+    except Exception as error:
+        raise StageError(
+            f"onnxruntime cannot run {name} quantized ({scheme}): {one_line(error, 200)}"
+        ) from error
 
 
 def _read(path: Path) -> Any:

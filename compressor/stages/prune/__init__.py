@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from compressor.artifact import Torch
 from compressor.errors import InputError, Unsuitable
 from compressor.loading import torchfile
 from compressor.loading.edits import apply
 from compressor.stages.prune.cutting import Cut, cut
-from compressor.stages.prune.groups import groups_of
-from compressor.stages.prune.proof import disproof
+from compressor.stages.prune.groups import Group, groups_of
+from compressor.stages.prune.proof import disproof, precision
 from compressor.stages.prune.rounding import kept
+from compressor.stages.threads import one_thread
 from compressor.task import Task
 
 __all__ = ["prune"]
@@ -36,7 +38,7 @@ def prune(
     Channels that depend on each other are found with torch-pruning's dependency graph (Fang et al.
     2023, DepGraph) and ranked by the group's L1 or L2 norm. Counts are rounded for the kernels
     (:func:`~compressor.stages.prune.rounding.kept`). ``keep`` holds patterns of layer names that
-    are left alone (``fnmatch``).
+    are left alone (``fnmatch``); a layer is also left alone when one that contains it matches.
 
     A cut is kept only when the dense model with the cut channels zeroed gives the same output as
     the cut model. Groups that fail are left alone and named with the reason in the facts.
@@ -44,76 +46,96 @@ def prune(
     Raises :class:`InputError` for a pattern that matches nothing, :class:`Unsuitable` when nothing
     can be pruned.
     """
+    if not ratio:
+        raise Unsuitable("a ratio of 0 removes nothing")
     dense, before = torchfile.open_model(artifact, task)
     layers = [name for name, _ in dense.named_modules() if name]
     for pattern in keep:
-        if not any(fnmatchcase(layer, pattern) for layer in layers):
+        if not any(_within(layer, pattern) for layer in layers):
             raise InputError(
                 f"--keep {pattern!r} matches no layer: layers are {', '.join(layers[:8])} ..."
             )
-    found, left = groups_of(dense, task.examples(1), norm)
-    cuts: list[Cut] = []
-    for group in found:
-        count = kept(len(group.scores), ratio)
-        if any(fnmatchcase(layer, pattern) for pattern in keep for layer in group.layers):
-            left[group.root] = "asked for with keep"
-        elif count < len(group.scores):
-            order = group.scores.argsort(stable=True)
-            gone = sorted(order[: len(group.scores) - count].tolist())
-            cuts.append(Cut(group.root, tuple(gone), len(group.scores)))
-        elif ratio:
-            left[group.root] = f"{ratio:g} of {len(group.scores)} channels rounds to none"
-    sound, edits, error = _proven(dense, cuts, task, left)
-    if not sound:
+    with one_thread(), torch.enable_grad():
+        found, left = groups_of(dense, task.examples(1), norm)
+        cuts = _wanted(found, ratio, keep, left)
+        proven = _proven(dense, cuts, task, left)
+    if not proven.cuts:
         reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left.items())[:3])
         raise Unsuitable(f"nothing could be pruned ({reasons or 'no layer with channels to cut'})")
-    model = apply(copy.deepcopy(dense), edits)
     path = into.with_name(into.name + torchfile.SUFFIX)
-    found_header = torchfile.header(artifact.path)
-    assert found_header is not None
-    torchfile.write(path, model, found_header["source"], [*before, *edits])
-    removed, total = sum(len(one.gone) for one in sound), sum(one.width for one in sound)
+    torchfile.write(path, apply(dense, proven.edits), task.source, [*before, *proven.edits])
     return artifact.then(
         path,
         "torch",
         "prune",
         {"ratio": ratio, "norm": norm, "keep": list(keep)},
         asked=ratio,
-        reached=removed / total,
-        layers={one.root: [one.width, one.width - len(one.gone)] for one in sound},
+        reached=sum(len(cut.gone) for cut in proven.cuts) / sum(cut.width for cut in proven.cuts),
+        layers={cut.root: [cut.width, cut.width - len(cut.gone)] for cut in proven.cuts},
         left_alone=left,
-        proof={"max_abs_diff": error, "dtype": "float64"},
+        proof={"max_abs_diff": proven.difference, "dtype": proven.dtype},
     )
 
 
-def _proven(
-    dense: Any, cuts: list[Cut], task: Task, left: dict[str, str]
-) -> tuple[list[Cut], list[dict[str, Any]], float]:
-    """The cuts that are sound together, their edits and the proof's largest difference.
+def _within(layer: str, pattern: str) -> bool:
+    """Whether the layer or one that contains it matches: ``layer1`` keeps ``layer1.0.conv1``."""
+    parts = layer.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
-    All at once first, since that is the common case; where it fails, each group on its own, and
-    then those that passed, added one after the other.
+
+def _wanted(
+    found: list[Group], ratio: float, keep: tuple[str, ...], left: dict[str, str]
+) -> list[Cut]:
+    """The cuts that were asked for; what is not cut goes into ``left`` with the reason."""
+    cuts = []
+    for group in found:
+        width = len(group.scores)
+        count = kept(width, ratio)
+        if any(_within(layer, pattern) for pattern in keep for layer in group.layers):
+            left[group.root] = "asked for with keep"
+        elif count == width:
+            left[group.root] = f"{ratio:g} of {width} channels rounds to none"
+        else:
+            order = group.scores.argsort(stable=True)
+            cuts.append(Cut(group.root, tuple(sorted(order[: width - count].tolist())), width))
+    return cuts
+
+
+class Proven(NamedTuple):
+    """Cuts that are sound together, their edits, and the largest difference in the proof."""
+
+    cuts: list[Cut]
+    edits: list[dict[str, Any]]
+    difference: float
+    dtype: str
+
+
+def _proven(dense: nn.Module, cuts: list[Cut], task: Task, left: dict[str, str]) -> Proven:
+    """As many of ``cuts`` as are sound together; the others go into ``left`` with the reason.
+
+    All at once first, since that is the common case. Where it fails, each half is added on its
+    own, halved again where that fails: a few unsound groups among many take few attempts.
     """
     examples = task.examples(7)
+    dtype = precision(dense, examples)
+    nothing = Proven([], [], 0.0, str(dtype).removeprefix("torch."))
 
-    def attempt(tried: list[Cut]) -> tuple[list[dict[str, Any]], float, str]:
+    def added(sound: Proven, more: list[Cut]) -> Proven:
+        if not more:
+            return sound
+        tried = [*sound.cuts, *more]
         try:
             edits = cut(dense, tried, task.examples(1))
+            difference, wrong = disproof(dense, edits, examples, dtype)
         except Exception as error:
-            return [], 0.0, f"torch-pruning cannot cut it ({type(error).__name__})"
-        return edits, *disproof(dense, edits, examples)
-
-    if not cuts:
-        return [], [], 0.0
-    edits, error, wrong = attempt(cuts)
-    if not wrong:
-        return cuts, edits, error
-    sound: list[Cut] = []
-    passed: tuple[list[dict[str, Any]], float] = ([], 0.0)
-    for one in cuts:
-        edits, error, wrong = attempt([*sound, one])
-        if wrong:
-            left[one.root] = wrong
+            wrong = f"torch-pruning cannot cut it ({type(error).__name__})"
         else:
-            sound, passed = [*sound, one], (edits, error)
-    return sound, *passed
+            if not wrong:
+                return sound._replace(cuts=tried, edits=edits, difference=difference)
+        if len(more) == 1:
+            left[more[0].root] = wrong
+            return sound
+        half = len(more) // 2
+        return added(added(sound, more[:half]), more[half:])
+
+    return added(nothing, cuts)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from compressor.errors import StageError, one_line
+from compressor.loading.task import tensors
 from compressor.task import Inputs
 
 LEFT_ALONE: dict[type[nn.Module], str] = {
@@ -46,7 +47,10 @@ def traced(model: nn.Module, examples: Inputs) -> Any:
     with warnings.catch_warnings(action="ignore"):  # of raw parameters, which are refused below
         try:
             return torch_pruning.DependencyGraph().build_dependency(
-                model, example_inputs=tuple(map(torch.from_numpy, examples)), verbose=False
+                model,
+                example_inputs=tuple(map(torch.from_numpy, examples)),
+                output_transform=tensors,
+                verbose=False,
             )
         except Exception as error:
             raise StageError(
@@ -63,13 +67,14 @@ def groups_of(dense: nn.Module, examples: Inputs, norm: str) -> tuple[list[Group
     names = {module: name for name, module in model.named_modules()}
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=1 if norm == "l1" else 2)
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    tied = _tied(model)
     found: list[Group] = []
     left = {names[module]: LEFT_ALONE[nn.RNNBase] for module in recurrent}
     for group in graph.get_all_groups(
         ignored_layers=recurrent, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]
     ):
         root = names[group[0].dep.target.module]
-        reason = _reason(group, names)
+        reason = _reason(group, tied)
         if reason:
             left[root] = reason
             continue
@@ -77,22 +82,30 @@ def groups_of(dense: nn.Module, examples: Inputs, norm: str) -> tuple[list[Group
         if scores is None or len(scores) != len(group[0].idxs):
             left[root] = "torch-pruning cannot rank its channels"
             continue
-        layers = {names[item.dep.target.module] for item in group if _named(item, names)}
+        targets = [item.dep.target.module for item in group]
+        layers = {names[module] for module in targets if module in names}
         found.append(Group(root, tuple(sorted(layers)), scores.detach()))
     return found, left
 
 
-def _named(item: Any, names: dict[nn.Module, str]) -> bool:
-    return item.dep.target.module in names
+def _tied(model: nn.Module) -> set[nn.Module]:
+    """The layers that share a parameter with another layer."""
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+    return set().union(*(sharing for sharing in owners.values() if len(sharing) > 1))
 
 
-def _reason(group: Any, names: dict[nn.Module, str]) -> str:
+def _reason(group: Any, tied: set[nn.Module]) -> str:
     """Why this group must be left alone; empty when it may be cut."""
     for item in group:
         target = item.dep.target
         module = target.module
         if isinstance(module, nn.Parameter):
             return "a raw parameter shares its channels"
+        if module in tied:
+            return "shares its weights with another layer"
         for kind, why in LEFT_ALONE.items():
             if isinstance(module, kind):
                 return why

@@ -16,12 +16,14 @@ def kept(width: int, ratio: float) -> int:
     keep more. At least one channel stays.
 
     >>> kept(64, 0.5), kept(24, 0.5), kept(10, 0.5), kept(40, 0.5)
-    (32, 12, 5, 20)
+    (32, 12, 4, 16)
     """
     wanted = width * (1 - ratio)
     for multiple in MULTIPLES:
-        # Half-way goes up: floor(x + 1/2) keeps more.
-        count = min(int(wanted / multiple + 0.5) * multiple, width)
+        # Half-way goes up: floor(x + 1/2) keeps more, where there are more to keep.
+        count = max(1, int(wanted / multiple + 0.5 + 1e-9)) * multiple
+        if count > width:
+            count -= multiple
         if count and abs(count - wanted) <= SLACK * width + 1e-9:
             return count
-    return max(1, min(width, int(wanted + 0.5)))
+    return max(1, int(wanted + 0.5))

@@ -1,0 +1,124 @@
+"""A stage's signature is the schema of its settings."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from compressor.artifact import Artifact
+from compressor.errors import InputError
+from compressor.recipe import Step
+from compressor.stages import STAGES, bind, bound, form_taken
+from compressor.task import Task
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_the_one_shape(name: str) -> None:
+    parameters = inspect.signature(STAGES[name]).parameters
+    positional = [at for at in parameters.values() if at.kind is at.POSITIONAL_OR_KEYWORD]
+    assert [at.name for at in positional] == ["artifact", "task", "into"]
+    hints = get_type_hints(STAGES[name])
+    assert (hints["artifact"], hints["task"], hints["into"]) == (Artifact, Task, Path)
+    assert hints["return"] is Artifact
+    assert form_taken(STAGES[name]) in ("torch", "onnx")
+    assert {at.kind for at in parameters.values()} <= {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    }
+    assert inspect.getdoc(STAGES[name])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_settings_are_the_keyword_only_parameters(name: str) -> None:
+    needed = {"prune": {"ratio": 0.5}, "quantize": {"scheme": "static"}}.get(name, {})
+    settings = bound(Step(name, needed, name="s")).settings
+    keywords = {
+        at.name: at.default
+        for at in inspect.signature(STAGES[name]).parameters.values()
+        if at.kind is at.KEYWORD_ONLY
+    }
+    assert list(settings) == list(keywords)
+    for key, value in settings.items():
+        assert value == needed.get(key, keywords[key])
+    # Bound settings bind again to themselves: a resolved recipe replays.
+    assert bound(Step(name, settings, name="s")).settings == settings
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_unknown_setting_is_refused_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        bound(Step(name, {"nothing": 1}, name="mine"))
+    said = str(caught.value)
+    assert said.startswith(f"step 'mine': {name} has no setting 'nothing'; it has ")
+    parameters = inspect.signature(STAGES[name]).parameters.values()
+    assert all(at.name in said for at in parameters if at.kind is at.KEYWORD_ONLY)
+
+
+def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(InputError, match="stage 'shrink' is unknown: choose from prune, distill, "):
+        bound(Step("shrink"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "value", "said"),
+    [
+        ("prune", "ratio", 1.5, "less than 1"),
+        ("prune", "ratio", 1, "less than 1"),
+        ("prune", "ratio", -0.1, "greater than or equal to 0"),
+        ("prune", "ratio", "0.5", "valid number"),
+        ("prune", "ratio", True, "valid number"),
+        ("prune", "ratio", None, "valid number"),
+        ("prune", "ratio", math.nan, "no plain value"),
+        ("prune", "ratio", Path("x"), "no plain value"),
+        ("prune", "norm", "l3", "'l1' or 'l2'"),
+        ("prune", "keep", "conv1", "valid array"),
+        ("prune", "keep", [3], "valid string"),
+        ("distill", "epochs", 0, "greater than or equal to 1"),
+        ("distill", "epochs", 2.5, "valid integer"),
+        ("distill", "epochs", True, "valid integer"),
+        ("distill", "learning_rate", 0, "greater than 0"),
+        ("distill", "learning_rate", math.inf, "no plain value"),
+        ("distill", "batch_size", 1, "greater than or equal to 2"),
+        ("distill", "loss", "mse", "'distill' or 'labels'"),
+        ("distill", "temperature", 0, "greater than 0"),
+        ("distill", "weight", 1.1, "less than or equal to 1"),
+        ("export", "opset", 17, "greater than or equal to 18"),
+        ("export", "opset", 24, "less than or equal to 23"),
+        ("quantize", "scheme", "int7", "'dynamic', 'static' or 'fp16'"),
+        ("quantize", "scheme", ["static"], "'dynamic', 'static' or 'fp16'"),
+        ("quantize", "samples", 0, "greater than or equal to 1"),
+        ("quantize", "samples", "many", "valid integer"),
+    ],
+)
+def test_a_wrong_value_is_one_line(stage: str, setting: str, value: Any, said: str) -> None:
+    others = {"prune": {"ratio": 0.5}, "quantize": {"scheme": "static"}}.get(stage, {})
+    with pytest.raises(InputError) as caught:
+        bound(Step(stage, {**others, setting: value}, name="mine"))
+    seen = str(caught.value)
+    assert seen.startswith(f"step 'mine': {setting} = {value!r}")
+    assert said in seen
+    assert "\n" not in seen
+
+
+@pytest.mark.parametrize(("stage", "setting"), [("prune", "ratio"), ("quantize", "scheme")])
+def test_a_setting_without_default_is_needed(stage: str, setting: str) -> None:
+    with pytest.raises(InputError, match=f"step 'mine': {stage} needs the setting '{setting}'"):
+        bound(Step(stage, name="mine"))
+
+
+def test_what_toml_has_becomes_what_the_signature_says() -> None:
+    settings = bound(Step("prune", {"ratio": 0, "keep": ["a", "b*"]})).settings
+    assert settings == {"ratio": 0.0, "norm": "l2", "keep": ("a", "b*")}
+    assert bound(Step("distill", {"learning_rate": 1})).settings["learning_rate"] == 1.0
+
+
+def test_all_steps_are_bound_before_any_runs() -> None:
+    steps = (Step("prune", {"ratio": 0.5}, "a", "baseline"), Step("export", {"opset": 3}, "b", "a"))
+    with pytest.raises(InputError, match="step 'b': opset = 3"):
+        bind(steps)
+    (first,) = bind(steps[:1])
+    assert (first.name, first.source, first.settings["norm"]) == ("a", "baseline", "l2")
