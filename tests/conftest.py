@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,9 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
         out=tmp_path_factory.mktemp("runs") / "finished",
         command="compressor run model.pt",
     )
+
+
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's file that a test names adds its folder to ``sys.path``: not for the next test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))

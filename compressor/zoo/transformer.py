@@ -104,11 +104,7 @@ def vit(
     patches, as ViT-B/32 has: 2 for 8 pixels, 4 for 28, 32 for 224.
     """
     if patch_size is None:
-        patch_size = next(
-            size
-            for size in range(1, image_size + 1)
-            if image_size % size == 0 and image_size // size <= 7
-        )
+        patch_size = image_size // max(side for side in range(1, 8) if image_size % side == 0)
     if image_size % patch_size:
         raise InputError(f"zoo model 'vit': patch_size {patch_size} does not divide {image_size}")
     if dim % heads:
