@@ -40,7 +40,7 @@ def block(report: Report) -> str:
         f"{tables.table(document, tables.primary(document), markdown=True)}\n\n"
         f"{escaped(document['recommendation'])}\n\n"
         f"`{document['command']}` on {escaped(cpu)}, one thread, batch 1: "
-        f"[the whole report]({place})."
+        f"[the whole report]({place}). `make reports MNIST=DIR` makes it again."
     )
 
 
