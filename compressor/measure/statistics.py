@@ -56,14 +56,38 @@ def speedup(reference: Blocks, blocks: Blocks, seed: int = 0) -> dict[str, float
     {'value': 2.0, 'low': 2.0, 'high': 2.0}
     """
     rounds = min(len(reference), len(blocks))
-    ours = np.array([np.median(block) for block in reference[:rounds]])
-    theirs = np.array([np.median(block) for block in blocks[:rounds]])
     value = float(np.median(np.concatenate([np.asarray(b, float) for b in reference])))
     value /= float(np.median(np.concatenate([np.asarray(b, float) for b in blocks])))
     drawn = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    low, high = _interval(np.median(ours[drawn], axis=1) / np.median(theirs[drawn], axis=1))
-    # The pooled median may lie outside an interval made of block medians by a hair.
+    ours, theirs = _medians(reference[:rounds], drawn), _medians(blocks[:rounds], drawn)
+    low, high = _interval(ours / theirs)
+    # The pooled median may lie outside an interval made of thinned blocks by a hair.
     return {"value": value, "low": min(low, value), "high": max(high, value)}
+
+
+THIN = 31
+"""Values that stand for a block in the bootstrap: its evenly spaced order statistics."""
+
+
+def _medians(blocks: Blocks, drawn: NDArray[np.intp]) -> NDArray[np.float64]:
+    """The pooled median of each draw of blocks, shape ``(len(drawn),)``.
+
+    Pooled, not the median of block medians: where calls come in two speeds, the two differ.
+    """
+    size = min(THIN, *map(len, blocks))
+    thin = []
+    for block in blocks:
+        ordered = np.sort(np.asarray(block, dtype=float))
+        at = (2 * np.arange(size) + 1) * len(ordered) // (2 * size)
+        thin.append(ordered[at])
+    stacked = np.stack(thin)
+    some = max(1, 1_000_000 // stacked.size)  # draws at once: memory stays small
+    return np.concatenate(
+        [
+            np.median(stacked[drawn[at : at + some]].reshape(-1, stacked.size), axis=1)
+            for at in range(0, len(drawn), some)
+        ]
+    )
 
 
 def _interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
