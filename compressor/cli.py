@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from compressor import __version__
-from compressor.errors import BudgetError, CompressorError, InputError, one_line
+from compressor.errors import BudgetError, CompressorError, InputError, StageError, one_line
 from compressor.recipe import QUANTIZE
 
 if TYPE_CHECKING:
@@ -112,6 +112,9 @@ def run(
         if report.stored:
             _say(f"already run on {report.document['created']}; --fresh runs it again")
         print(report)
+        if report.document.get("failed"):
+            failed = ", ".join(report.document["failed"])
+            raise StageError(f"{failed} failed; the report has the reason and everything else")
         if max_drop is not None and not report.document["budget_held"]:
             raise BudgetError(f"nothing but the baseline holds --max-drop {max_drop:g}")
 

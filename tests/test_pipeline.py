@@ -174,17 +174,30 @@ def test_a_failed_stage_keeps_finished_work(
     def broken(artifact: Any, task: Any, into: Path, **settings: Any) -> Any:
         raise RuntimeError("the disk is on fire")
 
+    @functools.wraps(STAGES["prune"])
+    def torn(artifact: Any, task: Any, into: Path, **settings: Any) -> Any:
+        raise RuntimeError("the disk is on fire")
+
+    wanted = {"prune": 0.5, "epochs": 0, "quantize": "int8"}
     with monkeypatch.context() as patched:
         patched.setitem(STAGES, "quantize", broken)
-        with pytest.raises(StageError, match=r"'int8-dynamic'.*the disk is on fire"):
-            pipeline.run(
-                trained,
-                recipe=[Step("prune", {"ratio": 0.5}), Step("quantize", {"scheme": "dynamic"})],
-                out=tmp_path / "run",
-                provider=("cpu",),
-            )
-    assert (tmp_path / "run" / "artifacts" / "pruned.onnx").is_file()
-    assert not (tmp_path / "run" / "report.json").exists()
+        report = quick(trained, tmp_path / "run", **wanted)
+        # The others are measured all the same.
+        assert list(shas(report)) == ["baseline", "pruned"]
+        assert report.document["failed"] == ["int8-dynamic", "int8-static"]
+        assert "the disk is on fire" in str(report)
+        # What others start from has to work.
+        patched.setitem(STAGES, "prune", torn)
+        with pytest.raises(StageError, match=r"'pruned'.*the disk is on fire"):
+            quick(trained, tmp_path / "other", **{**wanted, "prune": 0.25})
+    assert (tmp_path / "other" / "artifacts" / "baseline.onnx").is_file()
+    assert not (tmp_path / "other" / "report.json").exists()
+    # The same run tries again what had failed, and only that.
+    again = quick(trained, tmp_path / "run", **wanted)
+    assert list(shas(again)) == ["baseline", "pruned", "int8-dynamic", "int8-static"]
+    cached = {stage.get("artifact"): stage["cached"] for stage in again.document["stages"]}
+    assert cached["pruned"]
+    assert not cached["int8-static"]
 
 
 def test_an_unfinished_run_goes_on_where_it_was(

@@ -78,7 +78,8 @@ def document(
         "warnings": maker.warnings,
         "stages": maker.stages + measured.stages,
         "samples": SAMPLES,
-        "finished": True,
+        "failed": maker.failed,
+        "finished": not maker.failed,
     }
 
 

@@ -75,7 +75,8 @@ class Folder:
             folder.artifacts.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
-        return folder, report
+        done = report is not None and report.document.get("finished", True)
+        return folder, report if done else None
 
     def finished(self, name: str, key: str) -> tuple[Artifact | None, dict[str, Any]] | None:
         """What the stage that made ``name`` left behind, and what was seen, if it had this ``key``.

@@ -30,9 +30,10 @@ NOTHING = {"seconds": 0.0, "peak_rss_bytes": None, "cached": False}
 class Maker:
     """Runs the steps of a recipe for one task, in one folder.
 
-    ``torch`` and ``onnx`` hold what was made, by name; ``skipped`` why a step made nothing;
-    ``resolved`` the steps with the settings that they really used; ``stages`` and ``warnings``
-    what the report says of it all. ``say`` is called with what begins.
+    ``torch`` and ``onnx`` hold what was made, by name; ``skipped`` why a step made nothing, and
+    ``failed`` those of them that should have; ``resolved`` the steps with the settings that they
+    really used; ``stages`` and ``warnings`` what the report says of it all. ``say`` is called with
+    what begins.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Maker:
         self.torch: dict[str, Artifact] = {}
         self.onnx: dict[str, Artifact] = {}
         self.skipped: dict[str, str] = {}
+        self.failed: list[str] = []
         self.resolved: list[Step] = []
         self.stages: list[dict[str, Any]] = []
         self.warnings: list[str] = [] if task.splits else [NO_DATA]
@@ -52,16 +54,23 @@ class Maker:
     def execute(self, steps: Recipe) -> None:
         """Writes the baseline, then runs the steps in order; torch results are exported as well.
 
-        Raises :class:`StageError` when a stage fails; what was made before it stays remembered.
+        A step that fails and that no other starts from is a row with the reason. Otherwise raises
+        :class:`StageError`; what was made before it stays remembered.
         """
         self.say(f"{BASELINE}: export")
         baseline = self.folder.artifacts / f"{BASELINE}{torchfile.SUFFIX}"
         torchfile.write(baseline, self.task.model(), self.task.source)
         self.torch[BASELINE] = Artifact.of(baseline, "torch")
         self._export(BASELINE)
+        sources = {step.source for step in steps}
         for step in steps:
             self.say(f"{step.name}: {step.stage}")
-            self._run(step)
+            try:
+                self._run(step)
+            except StageError as error:
+                if step.name in sources:
+                    raise
+                self._fail(step, str(error))
 
     def float_of(self, name: str) -> Artifact:
         """The torch artifact that ``name`` is, or was exported or quantized from."""
@@ -102,6 +111,12 @@ class Maker:
         (self.torch if made.form == "torch" else self.onnx)[step.name] = made
         if made.form == "torch":
             self._export(step.name)
+
+    def _fail(self, step: Step, reason: str) -> None:
+        self.failed.append(step.name)
+        self.warnings.append(reason)
+        self.torch.pop(step.name, None)  # made, but not exported
+        self._skip(step, reason)
 
     def _skip(self, step: Step, reason: str) -> None:
         self.skipped[step.name] = reason
