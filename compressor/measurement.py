@@ -12,6 +12,9 @@ PROVIDERS = {
 }
 """Names on the command line and what onnxruntime calls them."""
 
+SETTINGS: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
+"""Session settings used for every row. Spinning is off: idle workers must not take a core."""
+
 
 @dataclass(frozen=True)
 class Target:

@@ -13,7 +13,7 @@ import pytest
 
 from compressor.measure import environment as facts
 from compressor.measure.environment import cores, cpu, environment, has_vnni
-from compressor.measure.runtime import SETTINGS
+from compressor.measurement import SETTINGS
 
 ARM = "processor : 0\nFeatures : fp asimd asimddp i8mm sve\nCPU part : 0xd40\n"
 

@@ -16,7 +16,8 @@ import compressor
 from compressor.errors import InputError
 from compressor.measure import runtime
 from compressor.measure.environment import cores
-from compressor.measure.runtime import SETTINGS, ProviderAbsent, open_session, session
+from compressor.measure.runtime import ProviderAbsent, open_session, session
+from compressor.measurement import SETTINGS
 
 
 @pytest.fixture

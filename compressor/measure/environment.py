@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compressor.measure.runtime import SETTINGS
+from compressor.measurement import SETTINGS
 
 PACKAGES = ("torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "numpy", "compressor")
 

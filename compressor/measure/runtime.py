@@ -14,10 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.errors import InputError, one_line
-from compressor.measurement import PROVIDERS
-
-SETTINGS: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
-"""Session settings used for every row. Spinning is off: idle workers must not take a core."""
+from compressor.measurement import PROVIDERS, SETTINGS
 
 
 class ProviderAbsent(InputError):

@@ -18,8 +18,7 @@ from compressor.loading import task as tasks
 from compressor.loading.torchfile import state_digest
 from compressor.measure.environment import cores
 from compressor.measure.protocol import SECONDS
-from compressor.measure.runtime import SETTINGS
-from compressor.measurement import PROVIDERS, Target
+from compressor.measurement import PROVIDERS, SETTINGS, Target
 from compressor.pipeline.document import SAMPLES, document, write_samples
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.making import Maker

@@ -12,8 +12,7 @@ from compressor.artifact import replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
 from compressor.measure.environment import environment
-from compressor.measure.runtime import SETTINGS
-from compressor.measurement import Measurement, Target
+from compressor.measurement import SETTINGS, Measurement, Target
 from compressor.metrics import METRICS
 from compressor.pipeline import verdict
 from compressor.pipeline.making import Maker
