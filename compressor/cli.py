@@ -99,7 +99,7 @@ def run(
                 **flags,
                 max_drop=max_drop,
                 metric=metric,
-                provider=provider.split(","),
+                provider=provider,
                 batch=_whole("--batch", batch),
                 threads=None if threads is None else _whole("--threads", threads),
                 bench_time=bench_time,
@@ -116,7 +116,7 @@ def run(
             failed = ", ".join(report.document["failed"])
             raise StageError(f"{failed} failed; the report has the reason and everything else")
         if max_drop is not None and not report.document["budget_held"]:
-            raise BudgetError(f"nothing but the baseline holds --max-drop {max_drop:g}")
+            raise BudgetError(f"--max-drop {max_drop:g}: {report.document['recommendation']}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from compressor import data as sources
@@ -17,10 +18,7 @@ from compressor.loading.task import SPLIT_SEED
 from compressor.metrics import metric_of
 from compressor.stages.losses import LOSSES
 from compressor.stages.training import Epoch, evaluate, fit
-from compressor.task import Kind
-
-WIDTH: dict[Kind, int] = {"binary": 1, "regression": 1}
-"""Outputs where the data does not say how many."""
+from compressor.task import Kind, Split
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ def demo(
         raise InputError(f"--model {model!r} is unknown: choose from {', '.join(zoo.MODELS)}")
     if epochs is not None and epochs < 1:
         raise InputError(f"--epochs {epochs}: give 1 or more")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give 0 or more")
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: the folder {path.parent} does not exist")
     entry = zoo.MODELS[model]
@@ -64,15 +64,18 @@ def demo(
         "seed": seed,
     }
     if path.exists() and not fresh:
-        about = checkpoint.read(path).about
+        try:
+            about = checkpoint.read(path).about
+        except InputError:
+            about = {}
         if about.get("demo") != asked:
-            raise InputError(f"--out {path} holds another model: name another file or add --fresh")
+            raise InputError(f"--out {path} holds something else: name another file or add --fresh")
         return Trained(path, about["metric"], about["value"], about["examples"], existed=True)
     given = sources.read(data or entry.data, SPLIT_SEED)
     if given.kind is None:
         raise InputError(f"--data {given.name!r} does not say its kind of task: use a built-in one")
     inputs, _ = given.splits.train.head(1)
-    outputs = given.outputs or WIDTH.get(given.kind, 1)
+    outputs = given.outputs or _width(given.kind, given.splits.train)
     arguments = zoo.arguments_for(model, inputs[0].shape[1:], outputs)
     torch.manual_seed(seed)
     network = zoo.build(model, arguments)
@@ -104,3 +107,11 @@ def demo(
         about=about,
     )
     return Trained(path, metric, value, examples)
+
+
+def _width(kind: Kind, train: Split) -> int:
+    """How many outputs the targets call for, where the data does not say."""
+    targets = np.concatenate([targets for _, targets in train.batches(4096)])
+    if kind in ("classification", "segmentation"):
+        return int(targets.max()) + 1
+    return 1 if targets.ndim == 1 else int(targets.shape[1])

@@ -95,18 +95,20 @@ def edited(
     """
     if quantize is not None and quantize not in QUANTIZE:
         raise InputError(f"--quantize {quantize!r} is unknown: choose from {', '.join(QUANTIZE)}")
-    changed = list(steps)
+    changed = list(named(steps))
     if keep and prune is None and not any(step.stage == "prune" for step in steps):
         raise InputError(f"--keep {keep[0]!r} has no pruning to keep it from: add --prune R")
     if prune is not None and not any(step.stage == "prune" for step in changed):
-        changed.insert(0, Step("prune"))
+        changed = _inserted(changed, 0, Step("prune", name=NAMES["prune"], source=BASELINE))
     if prune is not None and not steps and epochs is None:
         changed.append(Step("distill"))
     if epochs and not any(step.stage == "distill" for step in changed):
         after = [at for at, step in enumerate(changed) if step.stage == "prune"]
-        changed.insert(after[-1] + 1 if after else 0, Step("distill"))
+        source = changed[after[-1]].name if after else BASELINE
+        made = Step("distill", name=NAMES["distill"], source=source)
+        changed = _inserted(changed, after[-1] + 1 if after else 0, made)
     if epochs == 0:
-        changed = [step for step in changed if step.stage != "distill"]
+        changed = _without(changed, "distill")
     flags: dict[str, dict[str, Any]] = {"prune": {}, "distill": {}}
     if prune is not None:
         flags["prune"]["ratio"] = prune
@@ -120,12 +122,33 @@ def edited(
         replace(step, settings={**step.settings, **flags.get(step.stage, {})}) for step in changed
     ]
     if quantize is not None:
-        changed = [step for step in changed if step.stage != "quantize"]
+        changed = _without(changed, "quantize")
         source = named(changed)[-1].name if changed else BASELINE
         changed += [
             Step("quantize", {"scheme": scheme}, source=source) for scheme in QUANTIZE[quantize]
         ]
     return changed
+
+
+def _inserted(steps: Sequence[Step], at: int, new: Step) -> list[Step]:
+    """``new`` at position ``at``; what started from its source now starts from it."""
+    later = [
+        replace(step, source=new.name) if step.source == new.source else step for step in steps[at:]
+    ]
+    return [*steps[:at], new, *later]
+
+
+def _without(steps: Sequence[Step], stage: str) -> list[Step]:
+    """The steps but for those of ``stage``; what started from one starts from its source."""
+    kept: list[Step] = []
+    instead: dict[str, str] = {}
+    for step in steps:
+        source = instead.get(step.source, step.source)
+        if step.stage == stage:
+            instead[step.name] = source
+        else:
+            kept.append(replace(step, source=source))
+    return kept
 
 
 def read(path: Path) -> list[Step]:

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from compressor.artifact import digest
 from compressor.errors import InputError, StageError
 from compressor.recipe import Step
 from compressor.report import Report, problem
+from compressor.report.markdown import replay
 from compressor.stages import STAGES
+from compressor.task import Split, Splits
 
 ROWS = ["baseline", "pruned", "recovered", "int8-dynamic", "int8-static"]
 
@@ -224,6 +227,65 @@ def test_an_unfinished_run_goes_on_where_it_was(
     assert not cached["measure", None], "timings are never reused"
 
 
+def test_other_code_with_the_same_weights_is_another_run(tmp_path: Path) -> None:
+    linear = [torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)]
+    x, y = np.random.default_rng(0).random((60, 8), np.float32), np.arange(60) % 3
+    for middle in (torch.nn.ReLU(), torch.nn.Tanh()):
+        model = torch.nn.Sequential(linear[0], middle, linear[1])
+        if isinstance(middle, torch.nn.ReLU):
+            quick(model, tmp_path / "run", data=(x, y))
+        else:
+            with pytest.raises(InputError, match="holds another run"):
+                quick(model, tmp_path / "run", data=(x, y))
+
+
+def test_the_printed_replay_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    """With the flags that are no steps: here the seed, which training draws from."""
+    command = f"compressor run {trained} --prune 0.5 --epochs 1 --seed 3 --provider cpu"
+    first = quick(trained, tmp_path / "run", prune=0.5, epochs=1, seed=3, command=command)
+    words = shlex.split(replay(command))
+    assert words == ["compressor", "run", str(trained), "--seed", "3", "--provider", "cpu",
+                     "--recipe", "recipe.toml", "--out", "replayed"]  # fmt: skip
+    assert replay(command) in first.markdown()
+    recipe = tmp_path / "run" / "recipe.toml"
+    assert shas(quick(trained, tmp_path / "again", recipe=recipe, seed=3)) == shas(first)
+
+
+def test_a_primary_target_that_is_absent(trained: Path, tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    report = pipeline.run(
+        trained, prune=0.5, epochs=0, provider="cuda, cpu", threads=(1,), out=tmp_path / "run"
+    )
+    assert report.best == "baseline"
+    assert not report.document["budget_held"]
+    images = data.read("digits").splits.test.head(3)[0][0]
+    assert compressor.session(tmp_path / "run")(images).shape == (3, 10)
+
+
+def test_each_split_is_read_a_few_times_only(trained: Path, tmp_path: Path) -> None:
+    """Data on demand may be slow: nothing reads a split once for every row."""
+    splits = data.read("digits").splits
+    read = {"validate": 0, "test": 0}
+
+    def counted(name: str) -> Split:
+        part = getattr(splits, name)
+
+        def fetch(at: Any) -> Any:
+            read[name] += len(at)
+            return part.fetch(at)
+
+        return Split(fetch, part.indices)
+
+    watched = Splits(splits.train, counted("validate"), splits.calibrate, counted("test"))
+    pipeline.run(
+        trained, data=watched, prune=0.5, epochs=0, quantize="int8", provider=("cpu",),
+        threads=(1, 2), out=tmp_path / "run",
+    )  # fmt: skip
+    # Labels are checked, contents digested, outputs taken.
+    assert read["test"] <= 3 * len(splits.test) + 64  # and a look at the first few
+
+
 def test_a_notebook_gives_the_same_report(trained: Path, tmp_path: Path) -> None:
     splits = data.read("digits").splits
     loaders = []
@@ -342,6 +404,11 @@ def test_a_recurrent_model_is_quantized_though_nothing_is_cut(tmp_path: Path) ->
         ({"recipe": [Step("prune", {"ration": 0.5})]}, "prune has no setting 'ration'"),
         ({"recipe": [Step("prune")]}, "prune needs the setting 'ratio'"),
         ({"recipe": [Step("prune", {"ratio": 0.5}, source="x")]}, "no earlier step makes"),
+        (
+            {"recipe": [Step("quantize", {"scheme": "fp16"}), Step("prune", {"ratio": 0.5})]},
+            "'pruned': prune takes a PyTorch model, and 'fp16' is already ONNX",
+        ),
+        ({"seed": -1}, "--seed -1"),
         ({"recipe": [Step("prune", {"ratio": 0.5}, "../x")]}, "cannot be a file name"),
     ],
 )

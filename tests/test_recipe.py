@@ -78,8 +78,19 @@ def test_flags_edit_a_recipe() -> None:
         {"epochs": 4, "loss": "labels"},
         {"scheme": "fp16"},
     ]
-    assert [step.stage for step in edited(recipe, epochs=0)] == ["prune", "quantize"]
-    assert edited(recipe) == recipe
+    assert edited(recipe) == list(named(recipe))
+    dropped = edited(recipe, epochs=0)
+    assert [(step.source, step.name) for step in dropped] == [
+        ("baseline", "pruned"),
+        ("pruned", "int8-static"),
+    ]
+    # What was to be quantized is now the pruned model, recovered.
+    only = [Step("quantize", {"scheme": "static"}, source="baseline")]
+    assert [(step.source, step.name) for step in edited(only, prune=0.5, epochs=1)] == [
+        ("baseline", "pruned"),
+        ("pruned", "recovered"),
+        ("recovered", "int8-static"),
+    ]
 
 
 @pytest.mark.parametrize("scheme", QUANTIZE)

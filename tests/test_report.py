@@ -539,7 +539,7 @@ def test_the_page_tells_how() -> None:
         "  - left alone:\n    - layer: head; why: it makes the output",
         "SQNR 10.1 dB, top-1 agreement 0.9944",
         "- noise floor: ±1.3% (baseline against itself, n = 400)",
-        "compressor run cnn.pt --recipe recipe.toml",
+        "compressor run cnn.pt --threads 1,2 --recipe recipe.toml --out replayed",
         "- within the budget\n",
     ):
         assert said in page

@@ -6,8 +6,8 @@ import datetime
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from compressor import recipe as recipes
 from compressor.artifact import Artifact, digest, replacing, write_text
 from compressor.errors import InputError
 from compressor.loading import task as tasks
+from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.environment import cores
 from compressor.measure.protocol import SECONDS
@@ -26,7 +27,8 @@ from compressor.pipeline.measuring import measure
 from compressor.recipe import Recipe, Step
 from compressor.report import Report
 from compressor.stages import bind
-from compressor.task import Kind, Splits
+from compressor.stages.threads import one_thread
+from compressor.task import Kind, Splits, Task
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +55,7 @@ def run(
     max_drop: float | None = None,
     metric: str | None = None,
     kind: Kind | None = None,
-    provider: Sequence[str] = ("cpu", "cuda"),
+    provider: str | Sequence[str] = ("cpu", "cuda"),
     batch: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
     bench_time: str = "quick",
@@ -74,6 +76,8 @@ def run(
     stage fails (artifacts finished before it are kept and reused by the next run).
     """
     began = time.monotonic()
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give 0 or more")
     targets = targets_of(provider, batch, threads)
     if bench_time not in SECONDS:
         raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
@@ -82,11 +86,12 @@ def run(
     steps = plan(recipe, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize)
     task = tasks(model, data=data, arch=arch, metric=metric, kind=kind, seed=seed)
     state = state_digest(task.model().state_dict())
-    data_digest = _data_digest(task.splits)
+    # What the model computes stands for its code, which no file shows.
+    reads = key_of(model=state, does=_behaviour(task), data=_data_digest(task.splits))
     fingerprint = key_of(
-        model=state,
+        reads=reads,
         source=task.source,
-        data=data_digest,
+        inputs=[asdict(given) for given in task.inputs],
         recipe=[step.to_json() for step in steps],
         targets=[target.to_json() for target in targets],
         bench_time=bench_time,
@@ -106,7 +111,7 @@ def run(
         done += 1
 
     loading = round(time.monotonic() - began, 3)
-    maker = Maker(task, folder, data_digest, say)
+    maker = Maker(task, folder, reads, say)
     maker.stages.append(
         {"stage": "load", "seconds": loading, "peak_rss_bytes": None, "cached": False}
     )
@@ -125,7 +130,9 @@ def run(
     command = command or f"compressor.run({task.name}, ...)"
     write_samples(folder.path / SAMPLES, measured.raw)
     write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
-    _write_best(folder.path, maker.onnx[found["best"]], targets[0])
+    ran = (row for row in measured.rows if row["artifact"] == found["best"])
+    where = next((row for row in ran if "skipped" not in row), targets[0].to_json())
+    _write_best(folder.path, maker.onnx[found["best"]], where)
     report = Report(
         {
             "schema": 1,
@@ -165,9 +172,11 @@ def plan(
 
 
 def targets_of(
-    provider: Sequence[str], batch: Sequence[int], threads: Sequence[int] | None
+    provider: str | Sequence[str], batch: Sequence[int], threads: Sequence[int] | None
 ) -> list[Target]:
     """Every combination, the primary target first. Threads default to 1 and all cores."""
+    if isinstance(provider, str):
+        provider = [name.strip() for name in provider.split(",")]
     chosen = list(dict.fromkeys(threads if threads is not None else (1, cores())))
     for name in provider:
         if name not in PROVIDERS:
@@ -190,6 +199,15 @@ def targets_of(
     return found
 
 
+def _behaviour(task: Task) -> str:
+    """A digest of what the model answers to made-up examples."""
+    import torch
+
+    with one_thread(), torch.inference_mode():
+        outputs = tensors(task.model()(*map(torch.from_numpy, task.examples(2))))
+    return state_digest({str(at): output for at, output in enumerate(outputs)})
+
+
 def _data_digest(splits: Splits | None) -> str:
     if splits is None:
         return ""
@@ -197,16 +215,16 @@ def _data_digest(splits: Splits | None) -> str:
     return key_of(parts=[part.digest() for part in parts])
 
 
-def _write_best(folder: Path, best: Artifact, primary: Target) -> None:
-    """``best.onnx``, and beside it the settings under which it was measured."""
+def _write_best(folder: Path, best: Artifact, target: Mapping[str, Any]) -> None:
+    """``best.onnx``, and beside it the settings under which it was measured, on ``target``."""
     path = folder / "best.onnx"
     with replacing(path) as beside:
         shutil.copyfile(best.path, beside)
     said = {
         "artifact": best.name,
         "sha256": best.digest,
-        "provider": primary.provider,
-        "threads": primary.threads,
+        "provider": target["provider"],
+        "threads": target["threads"],
         "settings": SETTINGS,
     }
     write_text(path.with_suffix(".json"), json.dumps(said, indent=1) + "\n")

@@ -35,8 +35,12 @@ def document(
     # Accuracy is judged where the primary target runs, or else on the first target that ran.
     outputs: Outputs = next(iter(measured.outputs.values()), {})
     names = list(maker.onnx)
-    fields = {name: verdict.judged(task, outputs, name, "test") for name in names}
-    validated = {name: verdict.judged(task, outputs, name, "validate")[0] for name in names}
+
+    def judged(name: str, split: str) -> tuple[Row, Row | None]:
+        return verdict.judged(task, measured.targets, outputs, name, split)
+
+    fields = {name: judged(name, "test") for name in names}
+    validated = {name: judged(name, "validate")[0] for name in names}
     choice = verdict.choose(
         task,
         names,
@@ -49,6 +53,7 @@ def document(
     return {
         "environment": {
             **environment(),
+            "load": measured.load,
             "providers": measured.providers,
             "threads": {"spinning": SETTINGS["session.intra_op.allow_spinning"] == "1"},
             "noise_floor": measured.floors.get(targets[0]),

@@ -52,31 +52,31 @@ class Folder:
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {path} is a file: name a folder")
         held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        if held and not {STATE, FILE} & set(held):
+        state, report = _state(path / STATE), _report(path)
+        theirs = state or (report.document if report else {})
+        if held and not theirs:
             raise InputError(
                 f"--out {path} holds other files ({held[0]} ...): name a new or empty folder"
             )
-        report = None
-        if held and not fresh:
-            report = Report.read(path) if FILE in held else None
-            state = _read(path / STATE) if STATE in held else {}
-            theirs = state or (report.document if report else {})
-            if theirs.get("fingerprint") != fingerprint:
-                raise InputError(
-                    f"--out {path} holds another run ({theirs.get('command', 'unknown')}): "
-                    "name another folder, or add --fresh to replace it"
-                )
-            folder._state = state or folder._state
+        if held and not fresh and theirs["fingerprint"] != fingerprint:
+            raise InputError(
+                f"--out {path} holds another run ({theirs['command']}): "
+                "name another folder, or add --fresh to replace it"
+            )
+        if report is not None and report.document.get("finished", True) and not fresh:
+            return folder, report
         _writable(path)
         if fresh:
             for name in OURS:
                 _remove(path / name)
+        elif state:
+            folder._state = state
         try:
             folder.artifacts.mkdir(parents=True, exist_ok=True)
+            folder.write()  # from here on the folder is known as this run's
         except OSError as error:
             raise InputError(f"--out {path} cannot be made: {error.strerror}") from None
-        done = report is not None and report.document.get("finished", True)
-        return folder, report if done else None
+        return folder, None
 
     def finished(self, name: str, key: str) -> tuple[Artifact | None, dict[str, Any]] | None:
         """What the stage that made ``name`` left behind, and what was seen, if it had this ``key``.
@@ -100,15 +100,29 @@ class Folder:
         """Writes down that the stage is finished, so that a later run can take up from here."""
         made = artifact.to_json() if artifact else None
         self._state["stages"][name] = {"key": key, "artifact": made, "seen": dict(seen)}
+        self.write()
+
+    def write(self) -> None:
+        """The state, on disk."""
         write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _state(path: Path) -> dict[str, Any]:
+    """The state of a run of ours; empty where there is none, or none that can be read."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         return {key: state[key] for key in ("fingerprint", "command", "stages")}
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged: add --fresh to start over") from None
+        return {}
+
+
+def _report(path: Path) -> Report | None:
+    """The report of a run of ours, which has a fingerprint; ``None`` for anybody else's file."""
+    try:
+        report = Report.read(path)
+    except InputError:
+        return None
+    return report if "fingerprint" in report.document else None
 
 
 def _writable(path: Path) -> None:

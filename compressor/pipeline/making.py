@@ -12,7 +12,7 @@ from typing import Any
 from compressor.artifact import Artifact
 from compressor.errors import CompressorError, InputError, StageError, Unsuitable, one_line
 from compressor.loading import torchfile
-from compressor.measure.environment import versions
+from compressor.measure.environment import cpu, versions
 from compressor.measure.worker import peak_rss_bytes
 from compressor.pipeline.folder import Folder, key_of
 from compressor.recipe import BASELINE, Recipe, Step
@@ -36,9 +36,7 @@ class Maker:
     what begins.
     """
 
-    def __init__(
-        self, task: Task, folder: Folder, data_digest: str, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, task: Task, folder: Folder, reads: str, say: Callable[[str], None]) -> None:
         self.task = task
         self.folder = folder
         self.say = say
@@ -49,7 +47,12 @@ class Maker:
         self.resolved: list[Step] = []
         self.stages: list[dict[str, Any]] = []
         self.warnings: list[str] = [] if task.splits else [NO_DATA]
-        self._common = {"data": data_digest, "seed": task.seed, "versions": versions()}
+        self._common = {
+            "reads": reads,
+            "seed": task.seed,
+            "versions": versions(),
+            "cpu": cpu()["features"],  # they decide how int8 is made
+        }
 
     def execute(self, steps: Recipe) -> None:
         """Writes the baseline, then runs the steps in order; torch results are exported as well.
@@ -98,16 +101,10 @@ class Maker:
             # to do, that is the one before it.
             source = self._origin(source)
         held = self.torch if form == "torch" else self.onnx
-        if source not in held:
-            raise StageError(
-                f"step {step.name!r}: {step.stage} takes a {form} model, and {source!r} is not one"
-            )
         made = self._make(step, held[source])
         if made is None:
             return
-        self.resolved.append(
-            replace(step, settings={**step.settings, **made.steps[-1]["settings"]})
-        )
+        self.resolved.append(replace(step, settings=made.steps[-1]["settings"]))
         (self.torch if made.form == "torch" else self.onnx)[step.name] = made
         if made.form == "torch":
             self._export(step.name)

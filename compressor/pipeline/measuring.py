@@ -10,13 +10,14 @@ import numpy as np
 
 from compressor.artifact import Artifact
 from compressor.measure import protocol
+from compressor.measure.environment import environment
 from compressor.measure.process import Worker
 from compressor.measure.protocol import Observed, observe
 from compressor.measurement import PROVIDERS, Measurement, Target
 from compressor.pipeline import verdict
 from compressor.pipeline.making import watched
 from compressor.pipeline.verdict import Outputs, Row
-from compressor.task import Inputs, Task
+from compressor.task import Array, Inputs, Task
 
 SYNTHETIC = 256
 """Made-up examples on which fidelity is measured where there is no data."""
@@ -24,9 +25,12 @@ SYNTHETIC = 256
 
 @dataclass
 class Measured:
-    """What measuring gave. ``outputs`` are by provider and batch size, artifact and split."""
+    """What measuring gave. ``outputs`` are by provider and batch size, artifact and split;
+    ``targets`` are those of whole splits; ``load`` is the machine's before measuring."""
 
     providers: list[str]
+    load: float | None
+    targets: dict[str, Array]
     rows: list[Row] = field(default_factory=list)
     raw: list[Measurement] = field(default_factory=list)
     outputs: dict[tuple[str, int], Outputs] = field(default_factory=dict)
@@ -50,11 +54,13 @@ def measure(
     their reason.
     """
     with Worker() as worker:
-        measured = Measured(worker.ask("providers")["providers"])
+        present = worker.ask("providers")["providers"]
+    inputs, known = _whole_splits(task)
+    measured = Measured(present, environment()["load"], known)
     for target in targets:
         say(f"measure on {target}")
         with watched() as seen:
-            observed = _observe(task, artifacts, target, measured, seconds, detail)
+            observed = _observe(task, artifacts, target, measured, inputs, seconds, detail)
         measured.stages.append(
             {"stage": "measure", "artifact": None, "cached": False, "target": str(target), **seen}
         )
@@ -67,7 +73,7 @@ def measure(
         for row in rows:
             if "skipped" not in row:
                 outputs = measured.outputs.get((target.provider, target.batch), {})
-                row |= verdict.as_run(task, outputs, row["artifact"])
+                row |= verdict.as_run(task, known, outputs, row["artifact"], "test")
         measured.rows += rows
         measured.rows += [
             {"artifact": name, **target.to_json(), "primary": primary, "skipped": why}
@@ -81,6 +87,7 @@ def _observe(
     artifacts: Sequence[Artifact],
     target: Target,
     measured: Measured,
+    inputs: dict[str, Inputs],
     seconds: float,
     detail: Callable[[str], None],
 ) -> Observed:
@@ -91,7 +98,7 @@ def _observe(
             protocol.skip(observed, artifact.name, target, f"onnxruntime here has no {wanted}")
         return observed
     taken = (target.provider, target.batch)
-    predict = {} if taken in measured.outputs else _whole_splits(task)
+    predict = {} if taken in measured.outputs else inputs
     feed = task.splits.calibrate.head(target.batch)[0] if task.splits else task.examples(1)
     observed = observe(
         [artifact.checked() for artifact in artifacts],
@@ -107,12 +114,14 @@ def _observe(
     return observed
 
 
-def _whole_splits(task: Task) -> dict[str, Inputs]:
-    """The inputs on which outputs are wanted, as whole arrays."""
+def _whole_splits(task: Task) -> tuple[dict[str, Inputs], dict[str, Array]]:
+    """The inputs on which outputs are wanted, and their targets, as whole arrays, read once."""
     if task.splits is None:
-        return {"synthetic": task.examples(SYNTHETIC)}
-    whole = {}
+        return {"synthetic": task.examples(SYNTHETIC)}, {}
+    inputs, targets = {}, {}
     for name in ("validate", "test"):
-        batches = [inputs for inputs, _ in getattr(task.splits, name).batches(4096)]
-        whole[name] = tuple(np.concatenate(part) for part in zip(*batches, strict=True))
-    return whole
+        batches = list(getattr(task.splits, name).batches(4096))
+        parts = zip(*(batch[0] for batch in batches), strict=True)
+        inputs[name] = tuple(np.concatenate(part) for part in parts)
+        targets[name] = np.concatenate([batch[1] for batch in batches])
+    return inputs, targets

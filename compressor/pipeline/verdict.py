@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from compressor.measure.fidelity import fidelity
 from compressor.measure.protocol import CONTROL, Observed
 from compressor.measure.quantities import QUANTITIES
@@ -18,7 +16,7 @@ from compressor.measure.statistics import Blocks, drop, noise_flags, noise_floor
 from compressor.measurement import Measurement, Target
 from compressor.metrics import METRICS
 from compressor.recipe import BASELINE
-from compressor.task import Array, Splits, Task
+from compressor.task import Array, Task
 
 Row = dict[str, Any]
 
@@ -89,48 +87,45 @@ def _speedup(
     return {"versus": BASELINE, **ratio, "verdict": said}
 
 
-def judged(task: Task, outputs: Outputs, name: str, split: str) -> tuple[Row, Row | None]:
+def judged(
+    task: Task, targets: Mapping[str, Array], outputs: Outputs, name: str, split: str
+) -> tuple[Row, Row | None]:
     """The ``accuracy`` and ``fidelity`` fields of one artifact on one split.
 
     ``{metric: value, ..., "n", "drop"}``, where ``drop`` is against the baseline on the same
-    examples for the task's metric; a reason where there is nothing. Without data, fidelity is on
-    made-up inputs.
+    examples for the task's metric; a reason where there is nothing. ``targets`` are those of whole
+    splits, by name. Without data, fidelity is on made-up inputs.
     """
-    on = split if task.splits else "synthetic"
-    if name not in outputs or on not in outputs[name]:
-        return {"skipped": "its outputs could not be taken"}, None
-    got, wanted = outputs[name][on], outputs.get(BASELINE, {}).get(on)
-    near = None if wanted is None else fidelity(task.kind, wanted, got)
-    if task.splits is None:
-        return {"skipped": "no data"}, near
-    targets = targets_of(task.splits, split)
-    found: Row = {
-        metric: float(how.score(got, targets).mean()) for metric, how in METRICS[task.kind].items()
-    }
+    row = as_run(task, targets, outputs, name, split)
+    if row["accuracy"] is None:
+        why = "its outputs could not be taken" if task.splits else "no data"
+        return {"skipped": why}, row["fidelity"]
+    wanted, got = outputs.get(BASELINE, {}).get(split), outputs[name][split]
     how = METRICS[task.kind][task.metric]
     lost: Row | None = None
     if name == BASELINE:
         lost = {"value": 0.0, "low": 0.0, "high": 0.0}
     elif wanted is not None:
-        scores = (how.score(one, targets) for one in (wanted, got))
+        scores = (how.score(one, targets[split]) for one in (wanted, got))
         lost = drop(*scores, higher_is_better=how.higher_is_better, seed=task.seed)
-    return {**found, "n": len(targets), "drop": lost}, near
+    return {**row["accuracy"], "drop": lost}, row["fidelity"]
 
 
-def as_run(task: Task, outputs: Outputs, name: str) -> Row:
-    """The same two fields as a measurement has them: without the drop, ``None`` for a reason."""
-    accuracy, near = judged(task, outputs, name, "test")
-    if "skipped" in accuracy:
-        return {"accuracy": None, "fidelity": near}
-    return {
-        "accuracy": {key: value for key, value in accuracy.items() if key != "drop"},
-        "fidelity": near,
-    }
-
-
-def targets_of(splits: Splits, split: str) -> Array:
-    """The targets of a whole split, shape ``(n, ...)``."""
-    return np.concatenate([targets for _, targets in getattr(splits, split).batches(4096)])
+def as_run(
+    task: Task, targets: Mapping[str, Array], outputs: Outputs, name: str, split: str
+) -> Row:
+    """``accuracy`` and ``fidelity`` as a measurement has them: no drop, ``None`` for nothing."""
+    on = split if task.splits else "synthetic"
+    got, wanted = outputs.get(name, {}).get(on), outputs.get(BASELINE, {}).get(on)
+    found: Row = {"accuracy": None, "fidelity": None}
+    if got is not None and wanted is not None:
+        found["fidelity"] = fidelity(task.kind, wanted, got)
+    if got is not None and task.splits:
+        found["accuracy"] = {
+            metric: float(how.score(got, targets[on]).mean())
+            for metric, how in METRICS[task.kind].items()
+        } | {"n": len(got)}
+    return found
 
 
 def within(accuracy: Row, budget: float) -> bool:
@@ -181,20 +176,22 @@ def choose(
             why[name] = f"is slower ({measured[name]['speedup']['value']:.2f}x)"
         else:
             fit.append(name)
-    fit.sort(key=lambda name: measured[name]["latency_ms"]["p50"])
-    if fit and measured[fit[0]]["latency_ms"]["p50"] <= measured[BASELINE]["latency_ms"]["p50"]:
-        best = fit[0]
+    best = min([*fit, BASELINE], key=lambda name: measured[name]["latency_ms"]["p50"])
+    held = bool(fit)
+    if best != BASELINE:
         lost = tested[best]["drop"]
         if lost["value"] <= max_drop:
             return Choice(best, _praise(task, best, measured[best], lost, max_drop), True)
+        held = False
         why[best] = f"held the budget on validate but drops {lost['value']:.4f} on test"
+    lagging = "is not faster" if best == BASELINE else f"was not chosen: {best} was faster"
     for name in fit:
-        why.setdefault(name, "is not faster than the baseline")
+        why.setdefault(name, f"holds the budget but {lagging}")
     reasons = "; ".join(f"{name} {reason}" for name, reason in why.items())
     return Choice(
         BASELINE,
         f"The baseline stays: nothing is better within a drop of {max_drop:g}: {reasons}.",
-        False,
+        held,
     )
 
 

@@ -210,6 +210,34 @@ def _environment(document: Document) -> Iterator[str]:
 def _reproduce(document: Document) -> Iterator[str]:
     yield "This report was made by"
     yield _code(document["command"])
-    path = document.get("model", {}).get("path")
     yield "and its recipe replays with"
-    yield _code(f"compressor run {shlex.quote(path) if path else 'MODEL'} --recipe recipe.toml")
+    yield _code(replay(document["command"]))
+
+
+STEP_FLAGS = {"--prune": 1, "--keep": 1, "--epochs": 1, "--quantize": 1, "--recipe": 1, "--out": 1}
+STEP_FLAGS |= {"--distill": 0, "--no-distill": 0, "--fresh": 0}
+"""Flags that the recipe stands for, or that name the folder, and the words that follow each."""
+
+
+def replay(command: str) -> str:
+    """The command with its resolved recipe in place of the flags that made it.
+
+    >>> replay("compressor run m.pt --prune 0.5 --seed 3 --out=x")
+    'compressor run m.pt --seed 3 --recipe recipe.toml --out replayed'
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    if words[:2] != ["compressor", "run"]:
+        return "compressor run MODEL --recipe recipe.toml --out replayed"
+    kept, skip = [], 0
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if skip:
+            skip -= 1
+        elif flag in STEP_FLAGS:
+            skip = 0 if equals else STEP_FLAGS[flag]
+        else:
+            kept.append(word)
+    return shlex.join([*kept, "--recipe", "recipe.toml", "--out", "replayed"])

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from compressor.artifact import Artifact
 from compressor.errors import InputError, one_line
-from compressor.recipe import Recipe, Step
+from compressor.recipe import BASELINE, Recipe, Step
 from compressor.stages.distill import distill
 from compressor.stages.export import export
 from compressor.stages.prune import prune
@@ -34,7 +34,11 @@ STAGES: dict[str, Stage] = {
 
 def form_taken(stage: Stage) -> str:
     """``"torch"`` or ``"onnx"``: what the stage's signature says of its artifact."""
-    return str(get_args(get_type_hints(stage, include_extras=True)["artifact"])[1])
+    return _form(stage, "artifact")
+
+
+def _form(stage: Stage, where: str) -> str:
+    return str(get_args(get_type_hints(stage, include_extras=True)[where])[1])
 
 
 def bound(step: Step) -> Step:
@@ -80,5 +84,17 @@ def bound(step: Step) -> Step:
 
 
 def bind(recipe: Recipe) -> Recipe:
-    """Every step bound, before any work starts."""
-    return tuple(bound(step) for step in recipe)
+    """Every step bound, before any work starts.
+
+    Raises :class:`InputError` as well for a step that starts from a model of the wrong form.
+    """
+    forms = {BASELINE: "torch"}
+    for step in (whole := tuple(bound(step) for step in recipe)):
+        # Torch artifacts are exported, so they can stand for ONNX ones, but not the other way.
+        if form_taken(STAGES[step.stage]) == "torch" != forms[step.source]:
+            raise InputError(
+                f"step {step.name!r}: {step.stage} takes a PyTorch model, and {step.source!r} is "
+                "already ONNX: start it from a step before that"
+            )
+        forms[step.name] = _form(STAGES[step.stage], "return")
+    return whole
