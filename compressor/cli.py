@@ -47,7 +47,11 @@ def run(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="steps from a TOML file")] = None,
     prune: Annotated[
-        str | None, typer.Option(help="fraction of each layer's channels to remove, such as 0.5")
+        str | None,
+        typer.Option(
+            help="fraction of each layer's channels to remove, such as 0.5; or macs=R, params=R, "
+            "size=R, latency=R: the fraction to keep"
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="layers that are not pruned (pattern, repeatable)")
@@ -75,10 +79,9 @@ def run(
 ) -> None:
     """Prune, recover, quantize, export and measure a model; write the report."""
     with guarded(debug):
-        ratio = None if prune is None else _ratio(prune)
         flags: dict[str, Any] = {
             "recipe": recipe,
-            "prune": ratio,
+            "prune": prune,
             "keep": keep or (),
             "epochs": epochs,
             "distill": distill,
@@ -249,18 +252,6 @@ def progress() -> Iterator[Progress]:
         yield lambda done, total, text: bar.update(
             line, completed=done, total=total, description=text
         )
-
-
-def _ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value < 1:
-        raise InputError(
-            f"--prune {text!r}: give the fraction of channels to remove, 0 to below 1, such as 0.5"
-        )
-    return value
 
 
 def _whole(flag: str, text: str) -> list[int]:

@@ -19,6 +19,9 @@ QUANTIZE = {
 }
 """What ``--quantize`` may say, and the schemes that it tries, each its own step."""
 
+PRUNE = ("ratio", "macs", "params", "size", "latency", "widths")
+"""Settings of pruning that say how much; ``--prune`` replaces all of them."""
+
 NAMES = {"prune": "pruned", "distill": "recovered", "export": "exported"}
 SCHEMES = {"dynamic": "int8-dynamic", "static": "int8-static", "fp16": "fp16"}
 BASELINE = "baseline"
@@ -83,7 +86,7 @@ def named(steps: Sequence[Step]) -> Recipe:
 def edited(
     steps: Sequence[Step],
     *,
-    prune: float | None = None,
+    prune: float | str | None = None,
     keep: Sequence[str] = (),
     epochs: int | None = None,
     distill: bool = True,
@@ -111,7 +114,18 @@ def edited(
         changed = _without(changed, "distill")
     flags: dict[str, dict[str, Any]] = {"prune": {}, "distill": {}}
     if prune is not None:
-        flags["prune"]["ratio"] = prune
+        # Another target than the recipe's, not a second one.
+        asked = pruning(prune)
+        changed = [
+            replace(
+                step,
+                settings={k: v for k, v in step.settings.items() if k not in PRUNE or k in asked},
+            )
+            if step.stage == "prune"
+            else step
+            for step in changed
+        ]
+        flags["prune"] |= asked
     if keep:
         flags["prune"]["keep"] = list(keep)
     if epochs:
@@ -128,6 +142,34 @@ def edited(
             Step("quantize", {"scheme": scheme}, source=source) for scheme in QUANTIZE[quantize]
         ]
     return changed
+
+
+def pruning(text: float | str) -> dict[str, float]:
+    """The setting that ``--prune`` names: ``0.5`` is a ratio, ``latency=0.5`` says of what.
+
+    >>> pruning("0.5"), pruning("macs=0.3")
+    ({'ratio': 0.5}, {'macs': 0.3})
+    """
+    name, found, amount = str(text).rpartition("=")
+    name = name.strip() if found else "ratio"
+    try:
+        value = float(amount)
+    except ValueError:
+        value = float("nan")
+    if name not in PRUNE[:-1] or (name == "ratio" and found):
+        raise InputError(
+            f"--prune {text!r}: give a ratio such as 0.5, or one of "
+            f"{', '.join(f'{name}=0.5' for name in PRUNE[1:-1])}"
+        )
+    if name == "ratio" and not 0 <= value < 1:
+        raise InputError(
+            f"--prune {text!r}: give the fraction of channels to remove, 0 to below 1, such as 0.5"
+        )
+    if name != "ratio" and not 0 < value < 1:
+        raise InputError(
+            f"--prune {text!r}: give the fraction of {name} to keep, between 0 and 1, such as 0.5"
+        )
+    return {name: value}
 
 
 def _inserted(steps: Sequence[Step], at: int, new: Step) -> list[Step]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.measurement import Target
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -111,6 +113,9 @@ class Splits:
         }
 
 
+HERE = Target()
+
+
 @dataclass(frozen=True)
 class Task:
     """What must be preserved.
@@ -118,6 +123,7 @@ class Task:
     ``model`` gives a fresh copy of the trained reference (also the teacher) at every call.
     ``source`` says in plain values how a file can name that model again. ``data`` is the spec that
     the splits came from; without data ``splits`` is ``None`` and nothing is trained or judged.
+    ``target`` is where the model will run: stages that look at latency measure there.
     """
 
     name: str
@@ -129,6 +135,7 @@ class Task:
     splits: Splits | None = None
     data: str | None = None
     seed: int = 0
+    target: Target = HERE
 
     def examples(self, count: int) -> Inputs:
         """``count`` seeded synthetic inputs, each of shape ``(count, *shape)``."""

@@ -1,12 +1,16 @@
 """The closed set of edits that turn a model as its factory builds it into the compressed one.
 
-An edit is plain JSON. Two are enough for pruning::
+An edit is plain JSON::
 
+    {"edit": "rewrite", "module": "layers.0.self_attn", "as": "attention"}
+    {"edit": "scale", "parameter": "q.weight", "dim": 0, "indices": [0, 2, 3], "factor": 1.4}
     {"edit": "keep", "parameter": "conv1.weight", "dim": 0, "indices": [0, 2, 3]}
     {"edit": "set_attribute", "module": "conv1", "name": "out_channels", "value": 3}
 
-``keep`` selects along one axis of a parameter or buffer. ``set_attribute`` may write only the
-sizes in :data:`ATTRIBUTES`, so that a file cannot change how a model behaves.
+``rewrite`` exchanges a layer for one of :mod:`compressor.loading.rewrites` that computes the same.
+``scale`` multiplies slices, ``keep`` selects slices along one axis of a parameter or buffer.
+``set_attribute`` may write only the sizes in :data:`ATTRIBUTES`, so that a file cannot change how a
+model behaves.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import nn
 
 from compressor.errors import InputError, one_line
+from compressor.loading.rewrites import REWRITES
 
 Edit = Mapping[str, Any]
 
@@ -33,6 +38,22 @@ ATTRIBUTES = (
     "num_parameters",
     "input_size",
     "hidden_size",
+    "proj_size",
+    "embedding_dim",
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "nhead",
+    "heads",
+    "all_head_size",
+    "inner_dim",
+    "attn_dim",
+    "embed_dim",
+    "head_dim",
+    "head_size",
+    "attention_head_size",
+    "dim_head",
 )
 
 
@@ -52,20 +73,32 @@ def apply(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
     return model
 
 
-def _keep(model: nn.Module, edit: Edit) -> None:
+def _tensor(model: nn.Module, edit: Edit) -> torch.Tensor:
     place, _, name = str(edit["parameter"]).rpartition(".")
     owner = model.get_submodule(place)
-    old = owner._parameters.get(name, owner._buffers.get(name))
-    if old is None:
+    found = owner._parameters.get(name, owner._buffers.get(name))
+    if found is None:
         raise KeyError(edit["parameter"])
+    return found
+
+
+def _positions(tensor: torch.Tensor, edit: Edit) -> list[int]:
     dim, indices = edit["dim"], edit["indices"]
-    if type(dim) is not int or not 0 <= dim < old.ndim:
-        raise ValueError(f"it has {old.ndim} axes")
+    if type(dim) is not int or not 0 <= dim < tensor.ndim:
+        raise ValueError(f"it has {tensor.ndim} axes")
     # A sketch has no elements, so PyTorch would not notice a position that is not there.
-    size = old.shape[dim]
+    size = tensor.shape[dim]
     if not indices or not all(type(at) is int and 0 <= at < size for at in indices):
         raise ValueError(f"positions on that axis are integers from 0 to {size - 1}")
-    kept = old.detach().index_select(dim, torch.tensor(indices, device=old.device))
+    return list(indices)
+
+
+def _keep(model: nn.Module, edit: Edit) -> None:
+    old = _tensor(model, edit)
+    indices = torch.tensor(_positions(old, edit), device=old.device)
+    kept = old.detach().index_select(edit["dim"], indices)
+    place, _, name = str(edit["parameter"]).rpartition(".")
+    owner = model.get_submodule(place)
     if name in owner._parameters:
         kept = nn.Parameter(kept, requires_grad=old.requires_grad)
     setattr(owner, name, kept)
@@ -81,7 +114,22 @@ def _set_attribute(model: nn.Module, edit: Edit) -> None:
     setattr(owner, name, value)
 
 
+def _scale(model: nn.Module, edit: Edit) -> None:
+    tensor, factor = _tensor(model, edit), edit["factor"]
+    if type(factor) is not float or not 0 < factor < float("inf"):
+        raise ValueError("a factor is a positive number")
+    with torch.no_grad():
+        where = [slice(None)] * edit["dim"] + [torch.tensor(_positions(tensor, edit))]
+        tensor[tuple(where)] *= factor
+
+
+def _rewrite(model: nn.Module, edit: Edit) -> None:
+    REWRITES[edit["as"]](model, model.get_submodule(edit["module"]), edit)
+
+
 EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
     "keep": _keep,
+    "rewrite": _rewrite,
+    "scale": _scale,
     "set_attribute": _set_attribute,
 }

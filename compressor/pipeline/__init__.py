@@ -47,7 +47,7 @@ def run(
     data: Any = None,
     arch: Any = None,
     recipe: str | Path | Sequence[Step] | None = None,
-    prune: float | None = None,
+    prune: float | str | None = None,
     keep: Sequence[str] = (),
     epochs: int | None = None,
     distill: bool = True,
@@ -85,6 +85,7 @@ def run(
         raise InputError(f"--max-drop {max_drop!r}: give a number of 0 or more, such as 0.01")
     steps = plan(recipe, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize)
     task = tasks(model, data=data, arch=arch, metric=metric, kind=kind, seed=seed)
+    task = replace(task, target=targets[0])
     state = state_digest(task.model().state_dict())
     # What the model computes stands for its code, which no file shows.
     reads = key_of(model=state, does=_behaviour(task), data=_data_digest(task.splits))
@@ -155,7 +156,7 @@ def run(
 def plan(
     recipe: str | Path | Sequence[Step] | None = None,
     *,
-    prune: float | None = None,
+    prune: float | str | None = None,
     keep: Sequence[str] = (),
     epochs: int | None = None,
     distill: bool = True,

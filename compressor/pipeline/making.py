@@ -50,6 +50,7 @@ class Maker:
         self._common = {
             "reads": reads,
             "seed": task.seed,
+            "target": task.target.to_json(),
             "versions": versions(),
             "cpu": cpu()["features"],  # they decide how int8 is made
         }

@@ -19,7 +19,7 @@ from compressor.errors import InputError, one_line
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.stages.distill import distill
 from compressor.stages.export import export
-from compressor.stages.prune import prune
+from compressor.stages.prune import asked, prune
 from compressor.stages.quantize import quantize
 
 Stage = Callable[..., Artifact]
@@ -30,6 +30,10 @@ STAGES: dict[str, Stage] = {
     "export": export,
     "quantize": quantize,
 }
+
+
+CHECKS: dict[str, Callable[..., object]] = {"prune": asked}
+"""What settings have to be together; each raises :class:`InputError`."""
 
 
 def form_taken(stage: Stage) -> str:
@@ -80,6 +84,10 @@ def bound(step: Step) -> Step:
             raise InputError(
                 f"step {step.name!r}: {name} = {value!r:.100} is no plain value: {one_line(error)}"
             ) from None
+    try:
+        CHECKS.get(step.stage, dict)(**settings)
+    except InputError as error:
+        raise InputError(f"step {step.name!r}: {error}") from None
     return replace(step, settings=settings)
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.artifact import Torch
 from compressor.errors import Unsuitable
 from compressor.loading import torchfile
 from compressor.loading.task import first
 from compressor.stages.losses import LOSSES
-from compressor.stages.training import fit
+from compressor.stages.training import Epoch, fit
 from compressor.task import Task
 
 EXAMPLES = 60_000
@@ -49,32 +49,17 @@ def distill(
     """
     if task.splits is None:
         raise Unsuitable("no data to train on: add --data SPEC")
-    resolved = epochs or max(1, min(MOST_EPOCHS, math.ceil(EXAMPLES / len(task.splits.train))))
-    share = weight if loss == "distill" else 0.0
-    teacher = task.model().eval()
+    resolved = epochs or epochs_for(task)
     model, edits = torchfile.open_model(artifact, task)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise Unsuitable("every parameter is frozen: nothing can be trained")
-    labels, imitation = LOSSES[task.kind]
-
-    def combined(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        value = labels(outputs, targets)
-        if share:
-            with torch.no_grad():
-                goal = first(teacher(*inputs))
-            value = (1 - share) * value + share * imitation(outputs, goal, temperature)
-        return value
-
-    history = fit(
+    history = recover(
         model,
-        task.splits,
-        combined,
-        kind=task.kind,
-        metric=task.metric,
+        task,
         epochs=resolved,
         learning_rate=learning_rate,
         batch_size=batch_size,
-        seed=task.seed,
+        loss=loss,
+        temperature=temperature,
+        weight=weight,
     )
     path = into.with_name(into.name + torchfile.SUFFIX)
     torchfile.write(path, model, task.source, edits)
@@ -87,3 +72,52 @@ def distill(
         "weight": weight,
     }
     return artifact.then(path, "torch", "distill", settings, history=history)
+
+
+def epochs_for(task: Task) -> int:
+    """As many epochs as show about :data:`EXAMPLES` examples of the task's training split."""
+    assert task.splits is not None
+    return max(1, min(MOST_EPOCHS, math.ceil(EXAMPLES / len(task.splits.train))))
+
+
+def recover(
+    model: nn.Module,
+    task: Task,
+    *,
+    epochs: int,
+    learning_rate: float = 3e-3,
+    batch_size: int = 64,
+    loss: str = "distill",
+    temperature: float = 4.0,
+    weight: float = 0.5,
+) -> list[Epoch]:
+    """Trains ``model`` in place, as :func:`distill` does; gives the history.
+
+    Raises :class:`Unsuitable` where every parameter is frozen.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise Unsuitable("every parameter is frozen: nothing can be trained")
+    assert task.splits is not None
+    share = weight if loss == "distill" else 0.0
+    teacher = task.model().eval()
+    labels, imitation = LOSSES[task.kind]
+
+    def combined(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        value = labels(outputs, targets)
+        if share:
+            with torch.no_grad():
+                goal = first(teacher(*inputs))
+            value = (1 - share) * value + share * imitation(outputs, goal, temperature)
+        return value
+
+    return fit(
+        model,
+        task.splits,
+        combined,
+        kind=task.kind,
+        metric=task.metric,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=task.seed,
+    )

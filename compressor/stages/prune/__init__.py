@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -13,15 +15,31 @@ from torch import nn
 from compressor.artifact import Torch
 from compressor.errors import InputError, Unsuitable
 from compressor.loading import torchfile
-from compressor.loading.edits import apply
-from compressor.stages.prune.cutting import Cut, cut
-from compressor.stages.prune.groups import Group, groups_of
-from compressor.stages.prune.proof import disproof, precision
-from compressor.stages.prune.rounding import kept
+from compressor.loading.edits import Edit, apply
+from compressor.measure.costs import Dtype
+from compressor.stages.distill import recover
+from compressor.stages.prune.criteria import scored
+from compressor.stages.prune.group import Group
+from compressor.stages.prune.proof import masked_copy
+from compressor.stages.prune.ranking import RANKINGS, chosen, least
+from compressor.stages.prune.rounding import ladder
+from compressor.stages.prune.sensitivity import Curve, curves
+from compressor.stages.prune.sound import Sound
+from compressor.stages.prune.targets import (
+    QUANTITIES,
+    Costs,
+    Quantity,
+    land,
+    price_of,
+    real_of,
+    walk,
+)
 from compressor.stages.threads import one_thread
 from compressor.task import Task
 
-__all__ = ["prune"]
+__all__ = ["Curve", "Sound", "asked", "masked_copy", "prune", "sensitivities"]
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 def prune(
@@ -29,16 +47,39 @@ def prune(
     task: Task,
     into: Path,
     *,
-    ratio: Annotated[float, Field(ge=0, lt=1)],
-    norm: Literal["l1", "l2"] = "l2",
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None,
+    macs: Fraction | None = None,
+    params: Fraction | None = None,
+    size: Fraction | None = None,
+    latency: Fraction | None = None,
+    dtype: Dtype = "fp32",
+    criterion: Literal[
+        "l1", "l2", "taylor", "hessian", "fpgm", "lamp", "bn", "activation", "random"
+    ] = "l2",
+    ranking: Literal["local", "global", "isomorphic"] = "local",
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1,
+    attention: Literal["heads", "dimensions"] = "heads",
     keep: tuple[str, ...] = (),
+    steps: Annotated[int, Field(ge=1)] = 1,
+    epochs: Annotated[int, Field(ge=1)] = 1,
+    widths: dict[str, Annotated[int, Field(ge=1)]] | None = None,
 ) -> Torch:
-    """Removes ``ratio`` of the channels of every layer where that is sound.
+    """Removes channels, heads and hidden units where that is sound.
 
-    Channels that depend on each other are found with torch-pruning's dependency graph (Fang et al.
-    2023, DepGraph) and ranked by the group's L1 or L2 norm. Counts are rounded for the kernels
-    (:func:`~compressor.stages.prune.rounding.kept`). ``keep`` holds patterns of layer names that
-    are left alone (``fnmatch``); a layer is also left alone when one that contains it matches.
+    How much is one of: ``ratio`` of the channels of every layer (or, with ``ranking`` ``global`` or
+    ``isomorphic``, of all channels together), or until the model costs the given fraction of its
+    ``macs``, ``params``, ``size`` (of the ONNX file) or ``latency`` (on the task's target, fp32 or
+    with ``dtype`` int8 after static quantization). Counts are rounded for the kernels
+    (:func:`~compressor.stages.prune.rounding.kept`). Searches and overall rankings leave every
+    layer ``floor`` of its units. ``widths`` gives the units kept by layer, as a search found them.
+
+    Which go is decided by ``criterion`` (:data:`~compressor.stages.prune.criteria.CRITERIA`), over
+    everything that is cut together. ``attention`` cuts whole heads or dimensions of every head.
+    ``keep`` holds patterns of layer names that are left alone (``fnmatch``); a layer is also left
+    alone when one that contains it matches.
+
+    With several ``steps`` the cut is made a part at a time, and after each but the last the model
+    is trained for ``epochs`` with the original as teacher; units are ranked anew every time.
 
     A cut is kept only when the dense model with the cut channels zeroed gives the same output as
     the cut model. Groups that fail are left alone and named with the reason in the facts.
@@ -46,35 +87,78 @@ def prune(
     Raises :class:`InputError` for a pattern that matches nothing, :class:`Unsuitable` when nothing
     can be pruned.
     """
-    if not ratio:
+    quantity, amount = asked(
+        ratio=ratio, macs=macs, params=params, size=size, latency=latency, widths=widths
+    )
+    if quantity == "ratio" and not amount:
         raise Unsuitable("a ratio of 0 removes nothing")
+    if steps > 1 and task.splits is None:
+        raise Unsuitable("no data to train on between the steps: add --data SPEC")
     dense, before = torchfile.open_model(artifact, task)
+    _match(dense, keep)
+    facts: dict[str, Any] = {"asked": amount}
+    left: dict[str, str] = {}
+    with one_thread(), torch.enable_grad():
+        sound = Sound(dense, task, attention)
+        groups = _allowed(sound, keep, left)
+        if widths is not None:
+            goals = _given(widths, groups)
+        elif quantity == "ratio":
+            counts = RANKINGS[ranking](
+                sound.model,
+                groups,
+                amount,
+                floor,
+                lambda groups: scored(sound.model, groups, task, criterion),
+            )
+            goals = dict(zip((group.root for group in groups), counts, strict=True))
+        else:
+            search = _Search(cast("Quantity", quantity), amount, dtype, criterion, floor)
+            goals, seen = search.goals(sound, groups, before, task, left)
+            facts |= seen
+        for group in groups:
+            if goals.get(group.root) == group.width:
+                left[group.root] = _untouched(quantity, amount, group)
+        taken = _taken(sound, task, goals, criterion, steps, epochs, left)
+    if not taken.layers:
+        reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left.items())[:3])
+        raise Unsuitable(f"nothing could be pruned ({reasons or 'no layer with channels to cut'})")
+    path = into.with_name(into.name + torchfile.SUFFIX)
+    torchfile.write(path, taken.model, task.source, [*before, *taken.edits])
+    settings: dict[str, Any] = {
+        quantity: amount,
+        "criterion": criterion,
+        "ranking": ranking,
+        "floor": floor,
+        "attention": attention,
+        "keep": list(keep),
+        "steps": steps,
+        "epochs": epochs,
+    }
+    if quantity == "latency":
+        # What was measured decided: a replay takes the decision, not another measurement.
+        settings |= {"dtype": dtype, "widths": {root: goals[root] for root in sorted(goals)}}
+    had, has = (sum(pair[at] for pair in taken.layers.values()) for at in (0, 1))
+    return artifact.then(
+        path,
+        "torch",
+        "prune",
+        settings,
+        **facts,
+        reached=1 - has / had,
+        layers=taken.layers,
+        left_alone=left,
+        proof={"max_abs_diff": taken.difference, "dtype": str(sound.dtype).partition(".")[2]},
+    )
+
+
+def _match(dense: nn.Module, keep: Sequence[str]) -> None:
     layers = [name for name, _ in dense.named_modules() if name]
     for pattern in keep:
         if not any(_within(layer, pattern) for layer in layers):
             raise InputError(
                 f"--keep {pattern!r} matches no layer: layers are {', '.join(layers[:8])} ..."
             )
-    with one_thread(), torch.enable_grad():
-        found, left = groups_of(dense, task.examples(1), norm)
-        cuts = _wanted(found, ratio, keep, left)
-        proven = _proven(dense, cuts, task, left)
-    if not proven.cuts:
-        reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left.items())[:3])
-        raise Unsuitable(f"nothing could be pruned ({reasons or 'no layer with channels to cut'})")
-    path = into.with_name(into.name + torchfile.SUFFIX)
-    torchfile.write(path, apply(dense, proven.edits), task.source, [*before, *proven.edits])
-    return artifact.then(
-        path,
-        "torch",
-        "prune",
-        {"ratio": ratio, "norm": norm, "keep": list(keep)},
-        asked=ratio,
-        reached=sum(len(cut.gone) for cut in proven.cuts) / sum(cut.width for cut in proven.cuts),
-        layers={cut.root: [cut.width, cut.width - len(cut.gone)] for cut in proven.cuts},
-        left_alone=left,
-        proof={"max_abs_diff": proven.difference, "dtype": proven.dtype},
-    )
 
 
 def _within(layer: str, pattern: str) -> bool:
@@ -83,59 +167,158 @@ def _within(layer: str, pattern: str) -> bool:
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
-def _wanted(
-    found: list[Group], ratio: float, keep: tuple[str, ...], left: dict[str, str]
-) -> list[Cut]:
-    """The cuts that were asked for; what is not cut goes into ``left`` with the reason."""
-    cuts = []
-    for group in found:
-        width = len(group.scores)
-        count = kept(width, ratio)
-        if any(_within(layer, pattern) for pattern in keep for layer in group.layers):
+def _allowed(sound: Sound, keep: Sequence[str], left: dict[str, str]) -> list[Group]:
+    """The groups that the user did not keep; the others go to ``left`` with the reason."""
+    left |= sound.left
+    groups = []
+    for group in sound.groups:
+        layers = (group.root, *group.layers)
+        if any(_within(layer, pattern) for pattern in keep for layer in layers):
             left[group.root] = "asked for with keep"
-        elif count == width:
-            left[group.root] = f"{ratio:g} of {width} channels rounds to none"
         else:
-            order = group.scores.argsort(stable=True)
-            cuts.append(Cut(group.root, tuple(sorted(order[: width - count].tolist())), width))
-    return cuts
+            groups.append(group)
+    return groups
 
 
-class Proven(NamedTuple):
-    """Cuts that are sound together, their edits, and the largest difference in the proof."""
+def _given(widths: Mapping[str, int], groups: Sequence[Group]) -> dict[str, int]:
+    """Widths that were handed in, compared with the model."""
+    known = {group.root: group.width for group in groups}
+    for root, count in widths.items():
+        if root not in known:
+            raise InputError(f"widths: {root!r} is no layer that can be cut: {', '.join(known)}")
+        if count > known[root]:
+            raise InputError(f"widths: {root!r} has {known[root]} units, so it cannot keep {count}")
+    return dict(widths)
 
-    cuts: list[Cut]
-    edits: list[dict[str, Any]]
+
+def _untouched(quantity: str, amount: float, group: Group) -> str:
+    if quantity == "ratio":
+        return f"{amount:g} of {group.width} {group.kind} rounds to none"
+    return f"cutting it would cost more than it saves on the way to {quantity}={amount:g}"
+
+
+class _Search(NamedTuple):
+    """A target that is not a ratio, and what decides on the way to it."""
+
+    quantity: Quantity
+    amount: float
+    dtype: Dtype
+    criterion: str
+    floor: float
+
+    def goals(
+        self,
+        sound: Sound,
+        groups: Sequence[Group],
+        before: Sequence[Edit],
+        task: Task,
+        left: dict[str, str],
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """Units that each group keeps, and what the search saw."""
+        scores = scored(sound.model, groups, task, self.criterion)
+        lowest = [ladder(group.width, least(group, self.floor), group.each)[-1] for group in groups]
+        trial = [
+            chosen(group, each, count)
+            for group, each, count in zip(groups, scores, lowest, strict=True)
+            if count < group.width
+        ]
+        # Only what can be cut at all may be searched for.
+        holding = {id(cut.group) for cut in sound.most(trial, left).cuts}
+        able = [at for at, group in enumerate(groups) if id(group) in holding]
+        groups, scores = [groups[at] for at in able], [scores[at] for at in able]
+        if not groups:
+            return {}, {}
+        damage = curves(sound.model, groups, scores, task)
+        with (
+            price_of(self.quantity, task, self.dtype) as price,
+            real_of(self.quantity, sound.dense, before, task, self.dtype) as real,
+        ):
+            way = walk(Costs(sound.model, groups, task, price), damage, self.floor, self.amount)
+
+            def cost(counts: Sequence[int]) -> float:
+                cuts = [
+                    chosen(group, each, count)
+                    for group, each, count in zip(groups, scores, counts, strict=True)
+                    if count < group.width
+                ]
+                return real(sound.edits(cuts))
+
+            found = land(way, cost, self.amount, exact=self.quantity != "latency")
+        goals = dict(zip((group.root for group in groups), found.counts, strict=True))
+        unreached = (
+            f"{self.quantity}={self.amount:g}: {found.unreached}" if found.unreached else None
+        )
+        return goals, {
+            f"{self.quantity}_reached": found.reached,
+            "tried": [list(pair) for pair in found.tried],
+            "unreached": unreached,
+        }
+
+
+class _Taken(NamedTuple):
+    """The cut model, the edits that made it, and channels before and after by layer."""
+
+    model: nn.Module
+    edits: list[Edit]
+    layers: dict[str, list[int]]
     difference: float
-    dtype: str
 
 
-def _proven(dense: nn.Module, cuts: list[Cut], task: Task, left: dict[str, str]) -> Proven:
-    """As many of ``cuts`` as are sound together; the others go into ``left`` with the reason.
+def _taken(
+    sound: Sound,
+    task: Task,
+    goals: Mapping[str, int],
+    criterion: str,
+    steps: int,
+    epochs: int,
+    left: dict[str, str],
+) -> _Taken:
+    """Cuts down to ``goals``, an equal part of the way at every step, with training between."""
+    model, worst = sound.dense, 0.0
+    edits: list[Edit] = []
+    layers: dict[str, list[int]] = {}
+    widths = {group.root: group.width for group in sound.groups}
+    for step in range(1, steps + 1):
+        if step > 1:
+            recover(model, task, epochs=epochs)
+            sound = Sound(model, task, sound.attention)
+        groups = [
+            group for group in sound.groups if goals.get(group.root, group.width) < group.width
+        ]
+        scores = scored(sound.model, groups, task, criterion)
+        cuts = []
+        for group, each in zip(groups, scores, strict=True):
+            whole, goal = widths[group.root], goals[group.root]
+            count = whole - round((whole - goal) * step / steps)
+            if count < group.width:
+                cuts.append(chosen(group, each, count))
+        proven = sound.most(cuts, left)
+        for cut in proven.cuts:
+            root, each_unit = cut.group.root, cut.group.each
+            layers.setdefault(root, [widths[root] * each_unit, 0])[1] = cut.kept * each_unit
+        edits += proven.edits
+        worst = max(worst, proven.difference)
+        model = apply(copy.deepcopy(model), proven.edits)
+    return _Taken(model, edits, layers, worst)
 
-    All at once first, since that is the common case. Where it fails, each half is added on its
-    own, halved again where that fails: a few unsound groups among many take few attempts.
+
+def asked(**settings: Any) -> tuple[str, float]:
+    """The quantity that was asked for and how much of it.
+
+    Raises :class:`InputError` unless exactly one was.
     """
-    examples = task.examples(7)
-    dtype = precision(dense, examples)
-    nothing = Proven([], [], 0.0, str(dtype).removeprefix("torch."))
+    given = {
+        name: settings[name] for name in ("ratio", *QUANTITIES) if settings.get(name) is not None
+    }
+    if len(given) != 1:
+        said = ", ".join(f"{name} = {value:g}" for name, value in given.items()) or "none of them"
+        raise InputError(f"prune takes one of ratio, {', '.join(QUANTITIES)}; it has {said}")
+    return next(iter(given.items()))
 
-    def added(sound: Proven, more: list[Cut]) -> Proven:
-        if not more:
-            return sound
-        tried = [*sound.cuts, *more]
-        try:
-            edits = cut(dense, tried, task.examples(1))
-            difference, wrong = disproof(dense, edits, examples, dtype)
-        except Exception as error:
-            wrong = f"torch-pruning cannot cut it ({type(error).__name__})"
-        else:
-            if not wrong:
-                return sound._replace(cuts=tried, edits=edits, difference=difference)
-        if len(more) == 1:
-            left[more[0].root] = wrong
-            return sound
-        half = len(more) // 2
-        return added(added(sound, more[:half]), more[half:])
 
-    return added(nothing, cuts)
+def sensitivities(task: Task, criterion: str = "l2", attention: str = "heads") -> list[Curve]:
+    """For every group that can be cut, what cutting it alone costs on the calibration split."""
+    with one_thread():
+        sound = Sound(task.model().eval(), task, attention)
+        scores = scored(sound.model, sound.groups, task, criterion)
+        return curves(sound.model, sound.groups, scores, task)

@@ -1,98 +1,109 @@
-"""From cut channels to edits, by following dye through torch-pruning.
-
-Every parameter and buffer of a copy is filled with the positions of its own elements ("dye"), the
-copy is cut, and the dye that is left says which slices of which tensor survived. The cut model is
-then always the original plus edits, the same edits that a file holds.
-"""
+"""From cut units to edits: which slices of which tensors stay, and the sizes that follow."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from compressor.errors import StageError
-from compressor.loading.edits import ATTRIBUTES
-from compressor.stages.prune.groups import traced
-from compressor.task import Inputs
+from compressor.stages.prune.group import Cut, Unit
+from compressor.stages.prune.layers import depthwise, kind_of
+from compressor.stages.prune.recurrent import GATES
 
-
-@dataclass(frozen=True)
-class Cut:
-    """Output channels ``gone`` of the layer ``root``, which has ``width`` of them."""
-
-    root: str
-    gone: tuple[int, ...]
-    width: int
+Edits = list[dict[str, Any]]
 
 
-def cut(dense: nn.Module, cuts: Sequence[Cut], examples: Inputs) -> list[dict[str, Any]]:
-    """The edits that remove ``cuts`` and everything that depends on them; ``dense`` is unchanged.
-
-    Raises :class:`StageError` when what is left of a tensor is not a set of whole slices.
-    """
-    import torch_pruning
-
-    model = copy.deepcopy(dense).eval()
-    graph = traced(model, examples)
-    shapes = _dye(model)
+def edits_of(dense: nn.Module, cuts: Sequence[Cut]) -> Edits:
+    """The edits that remove ``cuts`` and everything that goes with them; ``dense`` is unchanged."""
+    shapes = shapes_of(dense)
+    gone: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for unit in (unit for one in cuts for unit in units(one)):
+        for part in unit:
+            gone[part.parameter][part.dim].update(part.at)
+    edits: Edits = [
+        {
+            "edit": "scale",
+            "parameter": part.parameter,
+            "dim": part.dim,
+            "indices": list(part.at),
+            "factor": math.sqrt(one.kept / one.group.width),
+        }
+        for one in cuts
+        for part in one.group.scales
+    ]
+    for name in shapes:  # in the model's own order
+        for dim, positions in sorted(gone.get(name, {}).items()):
+            indices = [at for at in range(shapes[name][dim]) if at not in positions]
+            edits.append({"edit": "keep", "parameter": name, "dim": dim, "indices": indices})
+            shapes[name][dim] = len(indices)
+    layers = {name.rpartition(".")[0] for name in gone}
+    for name, module in dense.named_modules():
+        if name in layers:
+            for attribute, value in _sizes(name, module, shapes):
+                if value != getattr(module, attribute):
+                    edits.append(_set(name, attribute, value))
     for one in cuts:
-        root = model.get_submodule(one.root)
-        function = torch_pruning.prune_conv_out_channels
-        if isinstance(root, nn.Linear):
-            function = torch_pruning.prune_linear_out_channels
-        elif getattr(root, "groups", 1) > 1:
-            function = torch_pruning.prune_depthwise_conv_out_channels
-        group = graph.get_pruning_group(root, function, idxs=list(one.gone))
-        if not graph.check_pruning_group(group):
-            raise StageError(f"cutting {one.root} would leave a layer without channels")
-        group.prune()
-    return [*_slices(model, shapes), *_sizes(dense, model)]
-
-
-def _dye(model: nn.Module) -> dict[str, torch.Size]:
-    shapes = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        shapes[name] = tensor.shape
-        # float64 holds every position exactly; gradients and integers are of no use here.
-        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
-    return shapes
-
-
-def _slices(model: nn.Module, shapes: dict[str, torch.Size]) -> list[dict[str, Any]]:
-    edits = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.shape == shapes[name]:
-            continue
-        origin = tensor.detach().long()
-        strides = torch.empty(shapes[name], device="meta").stride()
-        whole = torch.zeros_like(origin)
-        for dim, (stride, size) in enumerate(zip(strides, shapes[name], strict=True)):
-            line = origin[tuple(slice(None) if at == dim else 0 for at in range(origin.ndim))]
-            indices = line // stride % size
-            whole += (indices * stride).reshape(
-                [-1 if at == dim else 1 for at in range(origin.ndim)]
-            )
-            if len(indices) < size:
-                edits.append(
-                    {"edit": "keep", "parameter": name, "dim": dim, "indices": indices.tolist()}
-                )
-        if not torch.equal(whole, origin):
-            raise StageError(f"what is left of {name} is not a set of whole slices")
+        edits += [
+            _set(write.module, write.attribute, one.kept * write.each) for write in one.group.writes
+        ]
     return edits
 
 
-def _sizes(dense: nn.Module, model: nn.Module) -> list[dict[str, Any]]:
-    edits = []
-    for name, module in model.named_modules():
-        for attribute in ATTRIBUTES:
-            value = getattr(module, attribute, None)
-            if type(value) is int and value != getattr(dense.get_submodule(name), attribute):
-                edits.append(
-                    {"edit": "set_attribute", "module": name, "name": attribute, "value": value}
-                )
-    return edits
+def units(cut: Cut) -> Iterator[Unit]:
+    """The units that go."""
+    for strand, gone in zip(cut.group.strands, cut.gone, strict=True):
+        yield from (strand[at] for at in gone)
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """The shape of every parameter and buffer, by name."""
+    return {
+        name: list(tensor.shape)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def _set(module: str, name: str, value: int) -> dict[str, Any]:
+    return {"edit": "set_attribute", "module": module, "name": name, "value": value}
+
+
+def _sizes(
+    name: str, module: nn.Module, shapes: Mapping[str, list[int]]
+) -> Iterator[tuple[str, int]]:
+    """The attributes of a layer that count channels, and what they become."""
+    prefix = f"{name}." if name else ""
+    kind = kind_of(module)
+    if kind is None:
+        return
+    if isinstance(module, nn.RNNBase):
+        yield "input_size", shapes[f"{prefix}weight_ih_l0"][1]
+        yield "hidden_size", shapes[f"{prefix}weight_hh_l0"][0] // GATES[module.mode]
+        if module.proj_size:
+            yield "proj_size", shapes[f"{prefix}weight_hr_l0"][0]
+    elif isinstance(module, _ConvNd):
+        out, inward = shapes[f"{prefix}weight"][:2]
+        if module.transposed:
+            out, inward = inward, out
+        groups = module.groups
+        if depthwise(module):
+            groups = inward if module.transposed else out * groups // module.out_channels
+            yield "groups", groups
+            inward, out = groups, out * groups if module.transposed else out
+        elif module.transposed:
+            out *= groups
+        else:
+            inward *= groups
+        yield "in_channels", inward
+        yield "out_channels", out
+    else:
+        for attribute, (tensor, dim) in zip(kind.sizes, (*kind.reads, kind.makes[0]), strict=False):
+            held = tensor if f"{prefix}{tensor}" in shapes else "running_mean"
+            if f"{prefix}{held}" in shapes:
+                yield attribute, shapes[f"{prefix}{held}"][dim]
+        if isinstance(module, nn.GroupNorm):
+            each = module.num_channels // module.num_groups
+            yield "num_groups", shapes[f"{prefix}weight"][0] // each

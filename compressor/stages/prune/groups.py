@@ -1,91 +1,273 @@
-"""Which channels belong together, how much each matters, and which must be left alone."""
+"""From what the dye showed to units and groups, and why others must be left alone."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
-import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from compressor.errors import StageError, one_line
-from compressor.loading.task import tensors
+from compressor.stages.prune import recurrent
+from compressor.stages.prune.group import Group, Slice, Unit, Write
+from compressor.stages.prune.layers import depthwise, kind_of
+from compressor.stages.prune.tracing import Place, Source, Trace, traced
 from compressor.task import Inputs
 
-LEFT_ALONE: dict[type[nn.Module], str] = {
-    nn.RNNBase: "feeds or is a recurrent layer, whose hidden units are not cut",
-    nn.LayerNorm: "LayerNorm over the cut channels would change its statistics",
-    nn.GroupNorm: "GroupNorm over the cut channels would change its statistics",
-    nn.MultiheadAttention: "attention heads are not cut",
-}
-"""Layers whose presence in a group makes cutting it unsound."""
+OUTPUT = "its channels are the model's output"
+TIED = "shares its weights with another layer"
+UNREAD = "nothing reads its channels"
+WHOLE = "all its channels depend on each other"
+NORMALISED = "{} over the cut channels would change its statistics"
+UNEVEN = "its layers and directions cannot lose equally many hidden units"
+
+Node = tuple[str, int, int] | tuple[Place, int]
+"""A position of a source ``("source", source, position)`` or a channel of a place."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """Channels that can only be cut together; ``scores[c]`` is the norm of channel ``c`` of root.
+def groups_of(dense: nn.Module, examples: Inputs) -> tuple[list[Group], dict[str, str]]:
+    """The groups that may be cut, in the order of their roots, and by layer why others may not.
 
-    ``layers`` are the names of all layers that the cut touches.
+    Raises :class:`StageError` for a model whose channels cannot be followed.
     """
-
-    root: str
-    layers: tuple[str, ...]
-    scores: torch.Tensor
+    return _Builder(dense, traced(dense, examples)).groups()
 
 
-def traced(model: nn.Module, examples: Inputs) -> Any:
-    """torch-pruning's dependency graph of ``model``, which it may change.
+class _Builder:
+    def __init__(self, dense: nn.Module, trace: Trace) -> None:
+        self.dense = dense
+        self.modules = dict(dense.named_modules())
+        self.trace = trace
+        self.tied = _tied(dense)
+        self.sets = _Sets()
+        self.bare: dict[Slice, list[Write]] = {}
+        for place, channels in trace.meets.items():
+            for k, origins in enumerate(channels):
+                for at, position in origins:
+                    self.sets.join((place, k), ("source", at, position))
+            self._bound(place)
+        for at, source in enumerate(trace.sources):
+            self._strided(at, source)
+            for position in range(source.width):
+                self.sets.add(("source", at, position))
 
-    Parameters are made trainable first: the graph is read off the backward pass, and frozen ones
-    would be missed without a word.
-    """
-    import torch_pruning
+    def _bound(self, place: Place) -> None:
+        """Couplings that a layer itself makes between channels of its input."""
+        name, end = place
+        module, channels = self.modules[name], self.trace.meets[place]
+        if end == "state":
+            at = next(at for at, s in enumerate(self.trace.sources) if s.name == name)
+            for k, origins in enumerate(channels):
+                if origins:
+                    self.sets.join((place, k), ("source", at, k))
+        elif end == "in" and isinstance(module, _ConvNd) and module.groups > 1:
+            # One weight holds the same input positions of every group: they go together.
+            apart = len(channels) // module.groups
+            for k in range(apart, len(channels)):
+                if channels[k] and channels[k % apart]:
+                    self.sets.join((place, k), (place, k % apart))
 
-    model.requires_grad_(True)
-    with warnings.catch_warnings(action="ignore"):  # of raw parameters, which are refused below
-        try:
-            return torch_pruning.DependencyGraph().build_dependency(
-                model,
-                example_inputs=tuple(map(torch.from_numpy, examples)),
-                output_transform=tensors,
-                verbose=False,
-            )
-        except Exception as error:
-            raise StageError(
-                f"torch-pruning cannot trace the model ({type(error).__name__}: {one_line(error)})"
-            ) from error
+    def _strided(self, at: int, source: Source) -> None:
+        if source.dim is None:
+            module = self.modules[source.name]
+            if isinstance(module, _ConvNd) and module.groups > 1:
+                apart = source.width // module.groups
+                for k in range(apart, source.width):
+                    self.sets.join(("source", at, k), ("source", at, k % apart))
+
+    def groups(self) -> tuple[list[Group], dict[str, str]]:
+        found: dict[object, list[tuple[int, int, Unit]]] = defaultdict(list)
+        left: dict[str, str] = {}
+        for nodes in self.sets.all():
+            unit = self._unit(nodes)
+            root, position = min(self._origins(nodes))
+            reason = self._reason(nodes, unit)
+            if reason:
+                left.setdefault(self._name(root), reason)
+                continue
+            # Units of one group come from the same strands and take the same from the same tensors.
+            strands = frozenset(strand for node in nodes for strand in self._strand(node))
+            shape = tuple((part.parameter, part.dim, len(part.at)) for part in unit)
+            found[strands, shape].append((root, position, unit))
+            self.bare.setdefault(unit[0], []).extend(self._bare(nodes))
+        strands_of = [sorted(units) for units in found.values()]
+        ordered = sorted(self._merged(strands_of, left), key=lambda group: group[0][0][:2])
+        groups = []
+        for strands_found in ordered:
+            root = strands_found[0][0][0]
+            units = tuple(tuple(unit for _, _, unit in strand) for strand in strands_found)
+            name = self._name(root)
+            if len(units[0]) < 2:
+                left.setdefault(name, self._coupled(units[0][0]))
+                continue
+            groups.append(self._group(root, units))
+        groups += self._cells()
+        for group in groups:
+            left.pop(group.root, None)
+        return groups, left
+
+    def _group(self, root: int, strands: tuple[tuple[Unit, ...], ...]) -> Group:
+        name = self._name(root)
+        layers = {part.parameter.rpartition(".")[0] for part in strands[0][0]}
+        source = self.trace.sources[root]
+        first, dim = _first_made(self.dense, source)
+        at = next(
+            (part.at for part in strands[0][0] if part.parameter == first and part.dim == dim), ()
+        )
+        runs = len(at) > 1 and any(b - a == 1 for a, b in itertools.pairwise(at))
+        module = self.modules[name] if source.dim is None else None
+        kind = "channels"
+        if isinstance(module, nn.RNNBase):
+            kind = "hidden units"
+        elif isinstance(module, nn.Linear) and runs:
+            kind = "heads"
+        return Group(
+            name,
+            tuple(sorted(layers)),
+            strands,
+            kind=kind,  # type: ignore[arg-type]
+            each=1 if kind == "hidden units" else max(1, len(at)),
+            writes=tuple(self.bare.get(strands[0][0][0], ())),
+        )
+
+    def _bare(self, nodes: Iterable[Node]) -> Iterator[Write]:
+        """Sizes of layers that count channels but have no tensors of that length."""
+        through: dict[str, int] = defaultdict(int)
+        for node in nodes:
+            if node[0] != "source" and node[0][1] == "pass":
+                through[node[0][0]] += 1
+        for name, each in through.items():
+            module = self.modules[name]
+            kind = kind_of(module)
+            if kind and kind.sizes and not any(True for _ in module.parameters()):
+                if getattr(module, "running_mean", None) is None:
+                    yield Write(name, kind.sizes[0], each)
+                if isinstance(module, nn.GroupNorm):
+                    yield Write(name, "num_groups", each * module.num_groups // module.num_channels)
+
+    def _cells(self) -> Iterator[Group]:
+        """Hidden units behind a projection: nobody outside sees them."""
+        for name in self.trace.called:
+            module = self.modules[name]
+            if isinstance(module, nn.RNNBase) and module.proj_size and module not in self.tied:
+                yield Group(
+                    f"{name} (cells)", (name,), recurrent.cells(name, module), kind="hidden units"
+                )
+
+    def _merged(
+        self, strands: list[list[tuple[int, int, Unit]]], left: dict[str, str]
+    ) -> Iterator[list[list[tuple[int, int, Unit]]]]:
+        """Puts together the strands of layers that have one size for all of them."""
+        sets = _Sets()
+        for at, units in enumerate(strands):
+            sets.add(("strand", at, 0))
+            for layer in self._recurrent(units[0][2]):
+                sets.join(("strand", at, 0), ("layer", layer, 0))
+        for nodes in sets.all():
+            together = [strands[node[1]] for node in nodes if node[0] == "strand"]
+            together.sort(key=lambda units: units[0][:2])
+            if len({len(units) for units in together}) > 1:
+                left[self._name(together[0][0][0])] = UNEVEN
+            elif together:
+                yield together
+
+    def _recurrent(self, unit: Unit) -> set[int]:
+        """The sources that are recurrent layers of whose hidden units (not only inputs) it has."""
+        found = set()
+        for part in unit:
+            name, _, tensor = part.parameter.rpartition(".")
+            module = self.modules[name]
+            if isinstance(module, nn.RNNBase) and tensor.startswith("weight_hh"):
+                found |= {at for at, s in enumerate(self.trace.sources) if s.name == name}
+        return found
+
+    def _strand(self, node: Node) -> Iterator[object]:
+        if node[0] == "source":
+            at, position = node[1], node[2]
+            source = self.trace.sources[at]
+            module = self.modules[source.name] if source.dim is None else None
+            if isinstance(module, nn.RNNBase):
+                yield at, position // recurrent.states(module)
+            else:
+                yield at, 0
+
+    def _origins(self, nodes: Iterable[Node]) -> list[tuple[int, int]]:
+        """Sources and positions; layers come before raw parameters."""
+        return [(node[1], node[2]) for node in nodes if node[0] == "source"]
+
+    def _name(self, at: int) -> str:
+        return self.trace.sources[at].name
+
+    def _unit(self, nodes: Iterable[Node]) -> Unit:
+        merged: dict[tuple[str, int], set[int]] = defaultdict(set)
+        for node in nodes:
+            for part in self._slices(node):
+                merged[part.parameter, part.dim].update(part.at)
+        return tuple(
+            Slice(name, dim, tuple(sorted(at))) for (name, dim), at in sorted(merged.items())
+        )
+
+    def _slices(self, node: Node) -> Iterator[Slice]:
+        if node[0] == "source":
+            source, k, end = self.trace.sources[node[1]], node[2], "out"
+            if source.dim is not None:
+                yield Slice(source.name, source.dim, (k,))
+                return
+            name = source.name
+        else:
+            (name, end), k = node  # type: ignore[misc]
+        module = self.modules[name]
+        if isinstance(module, nn.RNNBase):
+            if end != "state":
+                yield from (recurrent.reads if end == "in" else recurrent.makes)(name, module, k)
+            return
+        kind = kind_of(module)
+        assert kind is not None
+        if end == "pass" and depthwise(module):
+            yield from self._depthwise(name, module, k)
+            return
+        for tensor, dim in kind.reads if end == "in" else kind.makes:
+            held = getattr(module, tensor, None)
+            if held is not None:
+                # A grouped convolution's second axis holds one group's channels.
+                yield Slice(f"{name}.{tensor}", dim, (k % held.shape[dim],))
+
+    def _depthwise(self, name: str, module: nn.Module, k: int) -> Iterator[Slice]:
+        assert isinstance(module, _ConvNd)
+        times = module.out_channels // module.in_channels
+        out = tuple(range(k * times, (k + 1) * times))
+        yield Slice(f"{name}.weight", 0, (k,) if module.transposed else out)
+        if module.bias is not None:
+            yield Slice(f"{name}.bias", 0, out)
+
+    def _reason(self, nodes: list[Node], unit: Unit) -> str:
+        """Why this unit must be left alone; empty when it may be cut."""
+        origins = self._origins(nodes)
+        if any(at in self.trace.outward for at, _ in origins):
+            return OUTPUT
+        if any(self.modules[part.parameter.rpartition(".")[0]] in self.tied for part in unit):
+            return TIED
+        if len(nodes) == len(origins) and not self._recurrent(unit):
+            return UNREAD
+        return ""
+
+    def _coupled(self, unit: Unit) -> str:
+        """Why a layer is one unit only."""
+        for part in unit:
+            module = self.modules[part.parameter.rpartition(".")[0]]
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                return NORMALISED.format(type(module).__name__)
+        return WHOLE
 
 
-def groups_of(dense: nn.Module, examples: Inputs, norm: str) -> tuple[list[Group], dict[str, str]]:
-    """The groups that may be cut, and by root layer why others may not."""
-    import torch_pruning
-
-    model = copy.deepcopy(dense).eval()
-    graph = traced(model, examples)
-    names = {module: name for name, module in model.named_modules()}
-    importance = torch_pruning.importance.GroupMagnitudeImportance(p=1 if norm == "l1" else 2)
-    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-    tied = _tied(model)
-    found: list[Group] = []
-    left = {names[module]: LEFT_ALONE[nn.RNNBase] for module in recurrent}
-    for group in graph.get_all_groups(
-        ignored_layers=recurrent, root_module_types=[nn.modules.conv._ConvNd, nn.Linear]
-    ):
-        root = names[group[0].dep.target.module]
-        reason = _reason(group, tied)
-        if reason:
-            left[root] = reason
-            continue
-        scores = importance(group)
-        if scores is None or len(scores) != len(group[0].idxs):
-            left[root] = "torch-pruning cannot rank its channels"
-            continue
-        targets = [item.dep.target.module for item in group]
-        layers = {names[module] for module in targets if module in names}
-        found.append(Group(root, tuple(sorted(layers)), scores.detach()))
-    return found, left
+def _first_made(dense: nn.Module, source: Source) -> tuple[str, int]:
+    """The tensor and axis on which the channels of a source are counted."""
+    if source.dim is not None:
+        return source.name, source.dim
+    kind = kind_of(dense.get_submodule(source.name))
+    tensor, dim = kind.makes[0] if kind and kind.makes else ("", 0)
+    return f"{source.name}.{tensor}", dim
 
 
 def _tied(model: nn.Module) -> set[nn.Module]:
@@ -97,22 +279,25 @@ def _tied(model: nn.Module) -> set[nn.Module]:
     return set().union(*(sharing for sharing in owners.values() if len(sharing) > 1))
 
 
-def _reason(group: Any, tied: set[nn.Module]) -> str:
-    """Why this group must be left alone; empty when it may be cut."""
-    for item in group:
-        target = item.dep.target
-        module = target.module
-        if isinstance(module, nn.Parameter):
-            return "a raw parameter shares its channels"
-        if module in tied:
-            return "shares its weights with another layer"
-        for kind, why in LEFT_ALONE.items():
-            if isinstance(module, kind):
-                return why
-        if isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels:
-            return "grouped convolution"
-        outward = getattr(item.dep.handler, "__name__", "").endswith("out_channels")
-        # TBackward nodes are transposed weights: they end nowhere and are not the output.
-        if outward and not target.outputs and "TBackward" not in target.name:
-            return "its channels are the model's output"
-    return ""
+class _Sets:
+    """Disjoint sets of nodes (union-find)."""
+
+    def __init__(self) -> None:
+        self._up: dict[Node, Node] = {}
+
+    def add(self, node: Node) -> Node:
+        """The representative of the set that ``node`` is in, a new one of its own at first."""
+        self._up.setdefault(node, node)
+        while self._up[node] != node:
+            self._up[node] = self._up[self._up[node]]
+            node = self._up[node]
+        return node
+
+    def join(self, one: Node, other: Node) -> None:
+        self._up[self.add(one)] = self.add(other)
+
+    def all(self) -> list[list[Node]]:
+        found: dict[Node, list[Node]] = {}
+        for node in self._up:
+            found.setdefault(self.add(node), []).append(node)
+        return list(found.values())

@@ -23,7 +23,7 @@ def precision(dense: nn.Module, examples: Inputs) -> torch.dtype:
     """float64, or float32 for a model whose own code insists on it (``torch.zeros`` states)."""
     try:
         with torch.inference_mode():
-            _run(copy.deepcopy(dense), examples, torch.float64)
+            _run(copy.deepcopy(dense), tuple(part[:1] for part in examples), torch.float64)
     except Exception:
         return torch.float32
     return torch.float64
@@ -37,20 +37,48 @@ def disproof(
     Every element that an edit removes is zeroed in a copy of ``dense``. A removed channel then
     carries a constant that no kept weight reads, so a sound cut gives the same outputs, all of
     them, up to rounding. Layers that mix channels (channel shuffle, normalisation over channels)
-    give others. The cut model must also run at batch 1, 2 and 7 and have gradients.
+    give others. Outputs are compared on two of the 7 ``examples``; the cut model must also run at
+    batch 1 and 7 with outputs of the right shape, and have gradients.
     """
+    two = tuple(part[:2] for part in examples)
     try:
         with torch.inference_mode():
-            wanted = _run(masked_copy(dense, edits), examples, dtype)
-        model = apply(copy.deepcopy(dense), edits).requires_grad_(True)
-        for size in (1, 2):
-            _run(model, tuple(part[:size] for part in examples), dtype)
-        got = _run(model, examples, dtype)
+            wanted = _run(masked_copy(dense, edits), two, dtype)
+            model = apply(copy.deepcopy(dense), edits)
+            other = {size: _run(model, tuple(part[:size] for part in examples), torch.float32)
+                     for size in (1, 7)}  # fmt: skip
+        # Edited again: what is scaled has to be scaled in this precision.
+        model = apply(copy.deepcopy(dense).to(dtype), edits).requires_grad_(True)
+        got = _run(model, two, dtype)
         torch.stack([each.sum() for each in got if each.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         return 0.0, f"the cut model does not run ({one_line(error, 100)})"
-    if [each.shape for each in got] != [each.shape for each in wanted]:
-        return 0.0, "it would change the shape of the model's output"
+    shapes = [each.shape for each in wanted]
+    for size, outputs in {2: got, **other}.items():
+        if [each.shape for each in outputs] != [_batched(shape, size) for shape in shapes]:
+            return 0.0, "it would change the shape of the model's output"
+    return _difference(got, wanted, dtype)
+
+
+def _batched(shape: torch.Size, size: int) -> torch.Size:
+    """The shape of an output for two examples, for ``size`` of them."""
+    return torch.Size((size, *shape[1:])) if len(shape) and shape[0] == 2 else shape
+
+
+def differ(one: nn.Module, other: nn.Module, examples: Inputs, dtype: torch.dtype) -> str:
+    """How two models that should compute the same do not; empty where they do."""
+    try:
+        with torch.inference_mode():
+            wanted = _run(copy.deepcopy(one), examples, dtype)
+            got = _run(copy.deepcopy(other), examples, dtype)
+    except Exception as error:
+        return one_line(error, 100)
+    return _difference(got, wanted, dtype)[1]
+
+
+def _difference(
+    got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[float, str]:
     worst = 0.0
     for ours, theirs in zip(got, wanted, strict=True):
         difference = float((ours.detach().double() - theirs.double()).abs().max())
@@ -61,8 +89,9 @@ def disproof(
 
 
 def masked_copy(dense: nn.Module, edits: Sequence[dict[str, Any]]) -> nn.Module:
-    """A copy of ``dense``, same shapes, with every element zeroed that the edits remove."""
-    model = copy.deepcopy(dense)
+    """A copy of ``dense``, rewritten where the edits say so, same shapes, with every element zeroed
+    that the edits remove."""
+    model = apply(copy.deepcopy(dense), (edit for edit in edits if edit["edit"] == "rewrite"))
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for edit in edits:

@@ -1,0 +1,296 @@
+"""Our pruning against bare torch-pruning: accuracy after the same recovery, and time to prune.
+
+``python benchmarks/pruning/accuracy.py --mnist DIR --out FILE.json``: the zoo's cnn is trained on
+10,000 MNIST digits, once for each seed. Our stage cuts it and torch-pruning cuts it, by the same
+criterion (group L2 norm) and to the same width in every layer: torch-pruning is given our stage's
+counts layer by layer, since the same ratio unrounded would be another network. Both are trained
+on the same labels by the same loop, and judged on the same test digits, in pairs.
+
+The time of our stage is that from file to file, with reading, proof and writing. It stands beside
+that of torch-pruning alone, which does none of them, and beside that of torch-pruning between
+``torch.load`` and ``torch.save``. They take turns, in one thread.
+
+What is finished stays in ``--work``, and the same call again continues there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from compressor.artifact import Artifact
+from compressor.demo import demo
+from compressor.loading import task as tasks
+from compressor.loading import torchfile
+from compressor.loading.task import first
+from compressor.measure.statistics import drop, speedup
+from compressor.metrics import METRICS
+from compressor.stages.distill import distill
+from compressor.stages.losses import LOSSES
+from compressor.stages.prune import prune
+from compressor.stages.threads import one_thread
+from compressor.stages.training import fit
+from compressor.task import Task
+
+TIMED = ("cnn", "resnet18", "mobilenet_v2")
+"""Models whose pruning is timed: the first seed's cnn, the others untrained, of 224x224 images."""
+
+CUTS = ("ours", "theirs")
+
+
+def main() -> None:
+    """Trains, cuts and times what is missing, writes ``--out`` and prints its tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--mnist", required=True, help="the folder of the IDX files")
+    parser.add_argument("--out", type=Path, required=True, help="where the figures go, JSON")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/accuracy"), help="what is finished"
+    )
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=5, help="2 or more")
+    parser.add_argument("--train", type=int, default=10_000, help="examples to train on")
+    parser.add_argument("--base", type=int, default=4, help="epochs of the dense model")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of recovery")
+    parser.add_argument("--calls", type=int, default=7, help="of pruning, timed")
+    parser.add_argument("--timed", nargs="*", default=TIMED, choices=TIMED)
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    data = f"mnist:{asked.mnist}?train={asked.train}"
+    bases = [trained(seed, data, asked.base, asked.work) for seed in range(asked.seeds)]
+    pairs = [pair(task, asked.ratio, asked.epochs, asked.work) for task in bases]
+    found = {"accuracy": judged(pairs), "time": {}}
+    for name in asked.timed:
+        task = bases[0] if name == "cnn" else peers.task_of(peers.MODELS[name]())
+        found["time"][name] = compared(timed(name, task, asked.ratio, asked.calls, asked.work))
+    peers.write(asked.out, found)
+    print(shown(found))
+
+
+def trained(seed: int, data: str, epochs: int, work: Path) -> Task:
+    """The cnn of this seed, trained now or before."""
+    path = work / f"cnn-{seed}.pt"
+    print(f"training {path.name}", file=sys.stderr, flush=True)
+    return tasks(demo("cnn", data=data, epochs=epochs, out=path, seed=seed).path, seed=seed)
+
+
+def pair(task: Task, ratio: float, epochs: int, work: Path) -> dict[str, Any]:
+    """Both cuts of one model: scores of every test example before and after recovery."""
+    assert task.splits is not None
+
+    def made() -> dict[str, Any]:
+        print(f"cutting {task.name}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="compressor-") as name:
+            folder = Path(name)
+            dense = peers.at_rest(task, folder / "dense.safetensors")
+            pruned = prune(dense, task, folder / "pruned", ratio=ratio)
+            ours, theirs = twins(pruned, task)
+            same = alike(ours, theirs)
+            before = {"ours": scores(ours, task), "theirs": scores(theirs, task)}
+            recovered = distill(pruned, task, folder / "recovered", epochs=epochs, loss="labels")
+            ours, _ = torchfile.open_model(recovered, task)
+            recover(theirs, task, recovered.steps[-1]["settings"])
+        return {
+            "dense": float(np.mean(scores(task.model(), task))),
+            "same_channels": same,
+            "before": before,
+            "after": {"ours": scores(ours, task), "theirs": scores(theirs, task)},
+        }
+
+    asked = known(task) | {"data": task.data, "ratio": ratio, "epochs": epochs}
+    found: dict[str, Any] = peers.cell(work / f"pair-{task.seed}.json", asked, made)
+    return found
+
+
+def known(task: Task) -> dict[str, str]:
+    """What every cell rests on."""
+    return {"code": peers.code(), "model": torchfile.state_digest(task.model().state_dict())}
+
+
+def layers_of(pruned: Artifact) -> dict[str, tuple[int, int]]:
+    """How many channels each layer had and kept, from the facts of our stage."""
+    return {name: (had, kept) for name, (had, kept) in pruned.steps[-1]["facts"]["layers"].items()}
+
+
+def twins(pruned: Artifact, task: Task) -> tuple[nn.Module, nn.Module]:
+    """Our cut, loaded, and torch-pruning's to the same widths. Raises where they are not."""
+    ours, _ = torchfile.open_model(pruned, task)
+    theirs = peers.cut(task.model(), task.examples(1), layers=layers_of(pruned))
+    shapes = [{name: x.shape for name, x in one.state_dict().items()} for one in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise SystemExit(f"{task.name}: the two cuts differ in width")
+    return ours, theirs
+
+
+def alike(ours: nn.Module, theirs: nn.Module) -> bool:
+    """Whether both cuts kept the very same channels: then their recovery is the same, too."""
+    state = theirs.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
+
+
+def recover(model: nn.Module, task: Task, settings: dict[str, Any]) -> None:
+    """What ``distill`` does with ``loss="labels"``, to a live module."""
+    assert task.splits is not None
+    labels = LOSSES[task.kind].labels
+    fit(
+        model,
+        task.splits,
+        lambda outputs, inputs, targets: labels(outputs, targets),
+        kind=task.kind,
+        metric=task.metric,
+        epochs=settings["epochs"],
+        learning_rate=settings["learning_rate"],
+        batch_size=settings["batch_size"],
+        seed=task.seed,
+    )
+
+
+def scores(model: nn.Module, task: Task) -> list[float]:
+    """The metric of every test example."""
+    assert task.splits is not None
+    model.eval()
+    found: list[float] = []
+    with torch.inference_mode():
+        for inputs, targets in task.splits.test.batches(256):
+            outputs = first(model(*map(torch.from_numpy, inputs))).numpy()
+            found += METRICS[task.kind][task.metric].score(outputs, targets).tolist()
+    return found
+
+
+def judged(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies of every seed, and ours minus theirs with two intervals of 95 %.
+
+    ``over_seeds`` is Student's t of the seeds' differences: would another training say the same?
+    ``over_examples`` pairs the test examples, scores averaged over these seeds' models: would other
+    digits?
+    """
+    from scipy import stats  # type: ignore[import-untyped]
+
+    after = {cut: np.array([one["after"][cut] for one in pairs]) for cut in CUTS}
+    differences = (after["ours"] - after["theirs"]).mean(axis=1)
+    middle = float(differences.mean())
+    reach = float(stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(differences))
+    won = drop(after["ours"].mean(axis=0), after["theirs"].mean(axis=0), higher_is_better=True)
+    return {
+        "seeds": [
+            {
+                "dense": one["dense"],
+                "before": {cut: float(np.mean(one["before"][cut])) for cut in CUTS},
+                "after": {cut: float(np.mean(one["after"][cut])) for cut in CUTS},
+                "same_channels": one["same_channels"],
+            }
+            for one in pairs
+        ],
+        "over_seeds": {"value": middle, "low": middle - reach, "high": middle + reach},
+        "over_examples": won,  # what theirs lost against ours
+    }
+
+
+def timed(name: str, task: Task, ratio: float, calls: int, work: Path) -> dict[str, list[float]]:
+    """Seconds of every call, the three in turns after one of each."""
+
+    def made() -> dict[str, list[float]]:
+        print(f"timing {name}", file=sys.stderr, flush=True)
+        with one_thread(), tempfile.TemporaryDirectory(prefix="compressor-") as place:
+            folder = Path(place)
+            dense = peers.at_rest(task, folder / "dense.safetensors")
+            torch.save(task.model(), folder / "dense.pt")
+            pruned = prune(dense, task, folder / "pruned", ratio=ratio)
+            twins(pruned, task)
+            layers = layers_of(pruned)
+            examples = task.examples(1)
+
+            def bare(model: nn.Module) -> nn.Module:
+                return peers.cut(model, examples, layers=layers)
+
+            def filed(model: nn.Module) -> None:
+                loaded = torch.load(folder / "dense.pt", weights_only=False)
+                torch.save(bare(loaded), folder / "pruned.pt")
+
+            turns: dict[str, Callable[[nn.Module], object]] = {
+                "ours": lambda model: prune(dense, task, folder / "pruned", ratio=ratio),
+                "theirs": bare,
+                "theirs, file to file": filed,
+            }
+            taken: dict[str, list[float]] = {cut: [] for cut in turns}
+            for _ in range(1 + calls):
+                for cut, turn in turns.items():
+                    model = task.model()
+                    began = time.perf_counter()
+                    turn(model)
+                    taken[cut].append(time.perf_counter() - began)
+        return {cut: seconds[1:] for cut, seconds in taken.items()}
+
+    asked = known(task) | {"ratio": ratio, "calls": calls}
+    found: dict[str, list[float]] = peers.cell(work / f"time-{name}.json", asked, made)
+    return found
+
+
+def compared(taken: dict[str, list[float]]) -> dict[str, Any]:
+    """Median seconds of each, and how many times theirs ours takes."""
+    blocks = {cut: [[one] for one in seconds] for cut, seconds in taken.items()}
+    return {
+        cut: {"seconds": float(np.median(seconds)), "times": speedup(blocks["ours"], blocks[cut])}
+        for cut, seconds in taken.items()
+    }
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The figures as markdown."""
+    accuracy = found["accuracy"]
+    seeds = [
+        [
+            str(seed),
+            f"{one['dense']:.2%}",
+            *(f"{one[when][cut]:.2%}" for when in ("before", "after") for cut in CUTS),
+            f"{(one['after']['ours'] - one['after']['theirs']) * 100:+.2f}",
+            "yes" if one["same_channels"] else "no",
+        ]
+        for seed, one in enumerate(accuracy["seeds"])
+    ]
+    heads = ["seed", "dense", "ours, cut", "theirs, cut", "ours, recovered", "theirs, recovered"]
+    points = {
+        over: {key: 100 * value for key, value in accuracy[over].items()}
+        for over in ("over_seeds", "over_examples")
+    }
+    times = [
+        [name, *(f"{one[cut]['seconds']:.3f}" for cut in one)]
+        + [peers.interval(one[cut]["times"], ".2f") for cut in one if cut != "ours"]
+        for name, one in found["time"].items()
+    ]
+    return "\n\n".join(
+        [
+            tabulate(
+                seeds,
+                [*heads, "points apart", "same channels"],
+                tablefmt="github",
+                disable_numparse=True,
+            ),
+            "Ours minus theirs, points: "
+            f"{peers.interval(points['over_seeds'], '+.3f')} over seeds, "
+            f"{peers.interval(points['over_examples'], '+.3f')} over examples.",
+            tabulate(
+                times,
+                [
+                    *("model", "ours, s", "theirs, s", "theirs file to file, s"),
+                    *("ours / theirs", "ours / theirs file to file"),
+                ],
+                tablefmt="github",
+                disable_numparse=True,
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

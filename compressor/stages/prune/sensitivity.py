@@ -1,0 +1,119 @@
+"""What it costs in accuracy to cut one group alone: the curves that steer a search."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.loading.task import first
+from compressor.measure.counting import macs
+from compressor.metrics import METRICS
+from compressor.stages.losses import LOSSES
+from compressor.stages.prune.cutting import units
+from compressor.stages.prune.group import Cut, Group
+from compressor.stages.prune.ranking import Scores, chosen
+from compressor.task import Array, Inputs, Task
+
+SHARES = (0.25, 0.5, 0.75)
+"""Parts of a group's units that are cut, one after the other."""
+
+WORK = 1e12
+"""Multiply-accumulates that all curves together may take: about half a minute of one core."""
+
+FEWEST, MOST = 32, 512
+"""Examples of the calibration split for each point."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is lost when a share of one group's units is zeroed, all else whole.
+
+    ``loss`` is the rise of the label loss, or without data the squared change of the output over
+    its variance; ``metric`` the task's metric (NaN without data). Both start at share 0.
+    """
+
+    root: str
+    shares: tuple[float, ...]
+    loss: tuple[float, ...]
+    metric: tuple[float, ...]
+
+    def damage(self, share: float) -> float:
+        """``loss`` between the points: straight lines, never falling, on to twice the last."""
+        level = np.maximum.accumulate(np.maximum(self.loss, 0))
+        shares, level = np.append(self.shares, 1.0), np.append(level, 2 * level[-1])
+        # A hair for every channel: where nothing hurts, less is cut first where more is left.
+        return float(np.interp(share, shares, level)) + 1e-6 * share
+
+
+def curves(model: nn.Module, groups: Sequence[Group], scores: Scores, task: Task) -> list[Curve]:
+    """One curve for each group, on the calibration split or on made-up examples.
+
+    Units go in the order of ``scores``. ``model`` has the tensors that groups name and is left as
+    it was.
+    """
+    work = max(1, macs(model, task.examples(1))) * (len(groups) * len(SHARES) + 1)
+    count = int(np.clip(WORK / work, FEWEST, MOST))
+    inputs: Inputs
+    targets = None
+    if task.splits is None:
+        inputs = task.examples(FEWEST)
+    else:
+        inputs, targets = task.splits.calibrate.head(count)
+    model = copy.deepcopy(model).eval()
+    with torch.inference_mode():
+        whole = _outputs(model, inputs)
+        found = []
+        for group, strands in zip(groups, scores, strict=True):
+            points = [_judged(task, whole, whole, targets)]
+            cuts = [chosen(group, strands, _left(group, share)) for share in SHARES]
+            for cut in cuts:
+                with zeroed(model, cut):
+                    points.append(_judged(task, _outputs(model, inputs), whole, targets))
+            shares = (0.0, *(1 - cut.kept / group.width for cut in cuts))
+            loss = tuple(point[0] - points[0][0] for point in points)
+            found.append(Curve(group.root, shares, loss, tuple(point[1] for point in points)))
+    return found
+
+
+def _left(group: Group, share: float) -> int:
+    return max(1, round(group.width * (1 - share)))
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    parts = []
+    for at in range(0, len(inputs[0]), 32):
+        parts.append(first(model(*(torch.from_numpy(part[at : at + 32]) for part in inputs))))
+    return torch.cat(parts)
+
+
+def _judged(
+    task: Task, outputs: Tensor, whole: Tensor, targets: Array | None
+) -> tuple[float, float]:
+    if targets is None:
+        return float((outputs - whole).square().mean() / whole.var().clamp_min(1e-12)), float("nan")
+    loss = float(LOSSES[task.kind].labels(outputs, torch.from_numpy(targets)))
+    score = METRICS[task.kind][task.metric].score(outputs.numpy(), targets)
+    return loss, float(score.mean())
+
+
+@contextmanager
+def zeroed(model: nn.Module, cut: Cut) -> Iterator[None]:
+    """In the block, ``model`` has zeros where the cut's units are."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = []
+    for unit in units(cut):
+        for part in unit:
+            tensor, at = tensors[part.parameter], torch.tensor(part.at)
+            before.append((tensor, part.dim, at, tensor.index_select(part.dim, at)))
+            tensor.index_fill_(part.dim, at, 0)
+    try:
+        yield
+    finally:
+        for tensor, dim, at, values in reversed(before):
+            tensor.index_copy_(dim, at, values)

@@ -1,0 +1,133 @@
+"""Which cuts may be made: the groups of a model, and the proof that keeps or refuses them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from compressor.loading.edits import apply
+from compressor.stages.prune import heads
+from compressor.stages.prune.cutting import Edits, edits_of
+from compressor.stages.prune.group import Cut, Group
+from compressor.stages.prune.groups import groups_of
+from compressor.stages.prune.proof import differ, disproof, precision
+from compressor.stages.prune.rewriting import attentions, views
+from compressor.task import Task
+
+WHY = {
+    "heads": "how its code counts heads could not be found, so none can go",
+    "dimensions": "which of its dimensions belong together could not be found",
+}
+"""What is wrong with attention of which nothing can be cut."""
+
+ATTENTION = {"heads": heads.written, "dimensions": heads.dimensions}
+"""What ``attention`` may say: whole heads go, or dimensions of every head."""
+
+
+class Proven(NamedTuple):
+    """Cuts that are sound together, their edits, and the largest difference in the proof."""
+
+    cuts: list[Cut]
+    edits: Edits
+    difference: float
+
+
+class Sound:
+    """A dense model, its groups, and the judge of cuts of them.
+
+    ``model`` is the dense model with the layers rewritten that have to be (parameter names are
+    its); ``groups`` may be cut, ``left`` says by layer why others may not. Edits start from the
+    model as it was given.
+    """
+
+    def __init__(self, dense: nn.Module, task: Task, attention: str) -> None:
+        self.dense = dense
+        self.attention = attention
+        self.examples = task.examples(7)
+        self.dtype = precision(dense, self.examples)
+        self.model = dense
+        self._attentions: Edits = []
+        self._views: Edits = []
+        self._asked_views = views(dense, task.examples(2))
+        if rewrites := attentions(dense):
+            rewritten = apply(copy.deepcopy(dense), rewrites)
+            if not differ(dense, rewritten, self.examples, self.dtype):
+                self.model, self._attentions = rewritten, rewrites
+        found, left = groups_of(self.model, task.examples(2))
+        self.left = left
+        self.groups: list[Group] = []
+        for group in found:
+            settled: Group | None = group
+            if group.kind == "heads":
+                settled = ATTENTION[attention](self.model, group, self.holds)
+            if settled is None:
+                self.left[self._known(group.root)] = WHY[attention]
+            else:
+                self.groups.append(replace(settled, root=self._known(group.root)))
+
+    def _known(self, root: str) -> str:
+        """The name of a layer in the model as it was given."""
+        homes = (edit["module"] for edit in self._attentions)
+        return next((home for home in homes if root.startswith(f"{home}.")), root)
+
+    def edits(self, cuts: Sequence[Cut]) -> Edits:
+        """The edits that make ``cuts``, with the rewriting that they need first."""
+        made = edits_of(self.model, cuts)
+        touched = [str(edit.get("parameter", edit.get("module"))) for edit in made]
+        needed = [
+            edit
+            for edit in self._attentions
+            if any(name.startswith(f"{edit['module']}.") for name in touched)
+        ]
+        return [*needed, *self._views, *made]
+
+    def holds(self, cut: Cut) -> bool:
+        """Whether this cut alone is sound."""
+        return not self.disproof([cut])[1]
+
+    def disproof(self, cuts: Sequence[Cut]) -> tuple[float, str]:
+        """The largest difference in the proof, and what is wrong (empty: nothing)."""
+        difference, wrong = disproof(self.dense, self.edits(cuts), self.examples, self.dtype)
+        if wrong and len(self._views) < len(self._asked_views):
+            before, self._views = self._views, self._asked_views
+            again, still = disproof(self.dense, self.edits(cuts), self.examples, self.dtype)
+            if not still:
+                return again, ""
+            self._views = before
+        return difference, wrong
+
+    def most(self, cuts: Sequence[Cut], left: dict[str, str]) -> Proven:
+        """As many of ``cuts`` as are sound together; the others go into ``left`` with the reason.
+
+        All at once first, since that is the common case. Where it fails, each half is added on its
+        own, halved again where that fails: a few unsound groups among many take few attempts.
+        """
+
+        worst = 0.0
+
+        def added(sound: list[Cut], more: Sequence[Cut]) -> list[Cut]:
+            nonlocal worst
+            if not more:
+                return sound
+            difference, wrong = self.disproof([*sound, *more])
+            if not wrong:
+                worst = difference
+                return [*sound, *more]
+            if len(more) == 1:
+                left[more[0].group.root] = wrong
+                return sound
+            half = len(more) // 2
+            return added(added(sound, more[:half]), more[half:])
+
+        kept = added([], list(cuts))
+        for view in list(self._views):
+            # What runs without it computes its sizes itself.
+            before = self._views
+            self._views = [other for other in before if other is not view]
+            if disproof(self.dense, self.edits(kept), self.examples, self.dtype)[1]:
+                self._views = before
+        return Proven(kept, self.edits(kept) if kept else [], worst)
