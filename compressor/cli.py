@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -118,6 +119,8 @@ def run(
         if report.document.get("failed"):
             failed = ", ".join(report.document["failed"])
             raise StageError(f"{failed} failed; the report has the reason and everything else")
+        if missed := report.document.get("missed"):
+            raise BudgetError(f"--prune: out of reach: {'; '.join(missed)}")
         if max_drop is not None and not report.document["budget_held"]:
             raise BudgetError(f"--max-drop {max_drop:g}: {report.document['recommendation']}")
 
@@ -152,6 +155,45 @@ def demo(
             f"{trained.path}: {model}, {trained.metric} {trained.value:.4f} "
             f"on {trained.examples} test examples"
         )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="model.pt, weights with --arch, or .safetensors")],
+    data: Annotated[
+        str | None, typer.Option(help="as for run; without it, what the file names")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds the model")
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="what zeroing a part of each group alone costs")
+    ] = False,
+    attention: Annotated[str, typer.Option(help="what is cut: heads | dimensions")] = "heads",
+    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of the curves (default reports/MODEL-sensitivity)"),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+) -> None:
+    """Say what a model is, what can be pruned and quantized, and (--sensitivity) what hurts."""
+    with guarded(debug):
+        from compressor import inspection
+
+        with progress() as shown:
+            found = inspection.inspect(
+                model,
+                data=data,
+                arch=arch,
+                attention=attention,  # type: ignore[arg-type]  # it says what it takes
+                sensitivity=sensitivity,
+                out=out,
+                progress=shown,
+            )
+        print(json.dumps(found.document, indent=1) if as_json else found)
+        if found.curves:
+            _say(f"wrote {inspection.CURVES} and {inspection.PLOT} in {found.curves.parent}")
 
 
 @app.command()
@@ -229,12 +271,14 @@ def guarded(debug: bool) -> Iterator[None]:
 
 
 def _end(text: str, code: int) -> NoReturn:
-    _say(f"error: {' '.join(text.split())}")
+    _say(f"error: {text}")
     raise typer.Exit(code) from None
 
 
 def _say(text: str) -> None:
-    print(f"compressor: {text}", file=sys.stderr)
+    from compressor.report.table import plain  # names of files and layers may hold escapes
+
+    print(f"compressor: {plain(text)}", file=sys.stderr)
 
 
 @contextmanager

@@ -222,9 +222,15 @@ def write(steps: Sequence[Step], comment: str) -> str:
     """TOML that :func:`read` reads back to the same steps, under a comment line."""
     import tomli_w
 
-    tables = []
+    blocks = []
     for step in steps:
-        settings = {key: value for key, value in step.settings.items() if value is not None}
-        tables.append({"stage": step.stage, **settings, "name": step.name, "from": step.source})
+        given = {key: value for key, value in step.settings.items() if value is not None}
+        tables = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+        plain = {key: value for key, value in given.items() if key not in tables}
+        table = {"stage": step.stage, **plain, "name": step.name, "from": step.source}
+        block = f"[[step]]\n{tomli_w.dumps(table)}"
+        for key, value in tables.items():
+            block += f"\n[step.{key}]\n{tomli_w.dumps(value)}"
+        blocks.append(block)
     heading = "".join(f"# {line}\n" for line in comment.splitlines())
-    return heading + "\n".join(f"[[step]]\n{tomli_w.dumps(table)}" for table in tables)
+    return heading + "\n".join(blocks)

@@ -257,7 +257,7 @@ def test_dry_run_prints_the_recipe_and_touches_nothing(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(result.stdout)
     steps = named(read(tmp_path / "recipe.toml"))
     assert [step.name for step in steps] == ["pruned", "recovered", "int8-dynamic", "int8-static"]
-    assert steps[0].settings["norm"] == "l2", "defaults are shown"
+    assert steps[0].settings["criterion"] == "l2", "defaults are shown"
     assert not out.exists()
 
 

@@ -369,18 +369,20 @@ def test_a_chain_of_steps_in_any_order(trained: Path, tmp_path: Path) -> None:
     assert sum(part.numel() for part in loaded.parameters()) == params["leaner"]
 
 
-def test_a_recurrent_model_is_quantized_though_nothing_is_cut(tmp_path: Path) -> None:
+def test_a_model_is_quantized_though_nothing_is_cut(tmp_path: Path) -> None:
     from compressor.demo import demo
 
     model = demo("lstm", epochs=1, out=tmp_path / "lstm.pt").path
-    report = quick(model, tmp_path / "run", prune=0.5, epochs=1, quantize="int8-dynamic")
+    report = quick(
+        model, tmp_path / "run", prune=0.5, keep=["rnn"], epochs=1, quantize="int8-dynamic"
+    )
     assert [one["name"] for one in report.document["artifacts"]] == ["baseline", "int8-dynamic"]
     reasons = {
         row["artifact"]: row["skipped"]
         for row in report.document["measurements"]
         if "skipped" in row
     }
-    assert "recurrent" in reasons["pruned"]
+    assert "rnn: asked for with keep" in reasons["pruned"]
     assert reasons["recovered"] == "pruned was skipped"
 
 
@@ -394,7 +396,7 @@ def test_a_recurrent_model_is_quantized_though_nothing_is_cut(tmp_path: Path) ->
         ({"max_drop": float("nan")}, "--max-drop nan"),
         ({"max_drop": -1}, "--max-drop -1"),
         ({"epochs": -1}, "--epochs -1"),
-        ({"prune": 1.0}, "'pruned': ratio = 1.0: input should be less than 1"),
+        ({"prune": 1.0}, "--prune 1.0: give the fraction of channels to remove"),
         ({"quantize": "int7"}, "--quantize 'int7' is unknown"),
         ({"metric": "bleu"}, "--metric 'bleu' is unknown for classification: choose from accuracy"),
         ({"keep": ("conv1",)}, "add --prune"),
@@ -402,7 +404,10 @@ def test_a_recurrent_model_is_quantized_though_nothing_is_cut(tmp_path: Path) ->
         ({"recipe": Path("none.toml")}, "recipe none.toml cannot be read"),
         ({"recipe": [Step("shrink")]}, "stage 'shrink' is unknown: choose from prune"),
         ({"recipe": [Step("prune", {"ration": 0.5})]}, "prune has no setting 'ration'"),
-        ({"recipe": [Step("prune")]}, "prune needs the setting 'ratio'"),
+        ({"recipe": [Step("prune")]}, "prune takes one of ratio, macs"),
+        ({"prune": "speed=0.5"}, "--prune 'speed=0.5': give a ratio such as 0.5, or one of macs"),
+        ({"prune": "latency=1.5"}, "give the fraction of latency to keep"),
+        ({"prune": 0.5, "keep": ["nothing*"]}, "--keep 'nothing*' matches no layer"),
         ({"recipe": [Step("prune", {"ratio": 0.5}, source="x")]}, "no earlier step makes"),
         (
             {"recipe": [Step("quantize", {"scheme": "fp16"}), Step("prune", {"ratio": 0.5})]},

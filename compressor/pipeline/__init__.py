@@ -26,7 +26,7 @@ from compressor.pipeline.making import Maker
 from compressor.pipeline.measuring import measure
 from compressor.recipe import Recipe, Step
 from compressor.report import Report
-from compressor.stages import bind
+from compressor.stages import bind, fitting
 from compressor.stages.threads import one_thread
 from compressor.task import Kind, Splits, Task
 
@@ -86,6 +86,8 @@ def run(
     steps = plan(recipe, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize)
     task = tasks(model, data=data, arch=arch, metric=metric, kind=kind, seed=seed)
     task = replace(task, target=targets[0])
+    for step in steps:
+        fitting(step, task)
     state = state_digest(task.model().state_dict())
     # What the model computes stands for its code, which no file shows.
     reads = key_of(model=state, does=_behaviour(task), data=_data_digest(task.splits))

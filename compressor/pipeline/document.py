@@ -83,6 +83,7 @@ def document(
         "stages": maker.stages + measured.stages,
         "samples": SAMPLES,
         "failed": maker.failed,
+        "missed": maker.missed,
         "finished": not maker.failed,
     }
 

@@ -31,9 +31,9 @@ class Maker:
     """Runs the steps of a recipe for one task, in one folder.
 
     ``torch`` and ``onnx`` hold what was made, by name; ``skipped`` why a step made nothing, and
-    ``failed`` those of them that should have; ``resolved`` the steps with the settings that they
-    really used; ``stages`` and ``warnings`` what the report says of it all. ``say`` is called with
-    what begins.
+    ``failed`` those of them that should have; ``missed`` the targets that were out of reach;
+    ``resolved`` the steps with the settings that they really used; ``stages`` and ``warnings`` what
+    the report says of it all. ``say`` is called with what begins.
     """
 
     def __init__(self, task: Task, folder: Folder, reads: str, say: Callable[[str], None]) -> None:
@@ -44,6 +44,7 @@ class Maker:
         self.onnx: dict[str, Artifact] = {}
         self.skipped: dict[str, str] = {}
         self.failed: list[str] = []
+        self.missed: list[str] = []
         self.resolved: list[Step] = []
         self.stages: list[dict[str, Any]] = []
         self.warnings: list[str] = [] if task.splits else [NO_DATA]
@@ -106,6 +107,9 @@ class Maker:
         if made is None:
             return
         self.resolved.append(replace(step, settings=made.steps[-1]["settings"]))
+        if unreached := made.steps[-1].get("facts", {}).get("unreached"):
+            self.missed.append(f"{step.name}: {unreached}")
+            self.warnings.append(self.missed[-1])
         (self.torch if made.form == "torch" else self.onnx)[step.name] = made
         if made.form == "torch":
             self._export(step.name)

@@ -109,6 +109,15 @@ def _value(value: Any) -> str:
 def _fact(key: str, value: Any) -> list[str]:
     """A fact as a bullet under its step; what was said of each layer as bullets under that."""
     name = escaped(key).replace("\\_", " ")
+    if isinstance(value, Mapping) and value and all(isinstance(v, str) for v in value.values()):
+        # Reasons: all of them, each with all that it is true of.
+        why: dict[str, list[str]] = {}
+        for of, said in value.items():
+            why.setdefault(said, []).append(escaped(of))
+        return [
+            f"  - {name}:",
+            *(f"    - {escaped(said)}: {', '.join(of)}" for said, of in why.items()),
+        ]
     if isinstance(value, Mapping) and any(isinstance(entry, str) for entry in value.values()):
         entries = [f"{escaped(of)}: {_value(said)}" for of, said in value.items()]
     elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):

@@ -1,4 +1,4 @@
-"""The picture of a report: what each artifact kept, against how long it takes."""
+"""Pictures: what each artifact kept against how long it takes, and what cutting a layer hurts."""
 
 from __future__ import annotations
 
@@ -95,6 +95,74 @@ def pareto(document: Document) -> bytes:
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+ROWS = 40
+"""Groups that the picture of sensitivities has room for."""
+
+SHADES = ("#a9c3e6", POINT, "#1f4273")
+
+
+def sensitivity(document: Document) -> bytes:
+    """A PNG of what is lost when a share of one group's units is zeroed, a row for each group.
+
+    ``document`` has the ``name`` of the model and ``sensitivity``: the ``metric`` (``None`` without
+    data, then only the loss is drawn) and the ``curves``, the worst first.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = document["sensitivity"]
+    curves, metric = found["curves"][:ROWS], found["metric"]
+    what = "rise of the loss" if metric else "change of the output on made-up inputs"
+    panels = [("loss", what)] + ([("metric", plain(metric))] if metric else [])
+    figure = Figure(
+        figsize=(8, 1.6 + 0.26 * len(curves)), dpi=150, layout="constrained", facecolor="white"
+    )
+    FigureCanvasAgg(figure)
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = [f"{plain(curve['layer'])[:LONGEST]} ({curve['kind']})" for curve in curves]
+    for axes, (key, words) in zip(every, panels, strict=True):
+        _rows(axes, curves, key)
+        axes.set_xlabel(words, color=INK, parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(QUIET)
+        axes.tick_params(colors=INK)
+        axes.grid(color=QUIET, alpha=0.2)
+    every[0].set_yticks(range(len(names)), names, parse_math=False)
+    every[0].invert_yaxis()
+    every[0].set_title(
+        plain(document["name"])[:LONGEST], loc="left", color=INK, weight="bold", parse_math=False
+    )
+    dots, shares = every[0].get_legend_handles_labels()
+    labels = [f"{share} of its units zeroed" for share in shares]
+    figure.legend(dots, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    if more := len(found["curves"]) - len(curves):
+        figure.supxlabel(f"and {more} more that hurt less", fontsize=8, color=QUIET)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _rows(axes: Axes, curves: Sequence[Document], key: str) -> None:
+    """A dot for each share, joined from the whole model on; the metric's whole value as a line."""
+    for at, curve in enumerate(curves):
+        drawn = [value for value in curve[key] if value is not None]
+        axes.plot(drawn, [at] * len(drawn), color=QUIET, lw=1.0, zorder=1)
+    for point, shade in enumerate(SHADES, 1):
+        seen = [(curve[key][point], at) for at, curve in enumerate(curves)]
+        dots = [(value, at) for value, at in seen if value is not None]
+        axes.scatter(
+            [value for value, _ in dots],
+            [at for _, at in dots],
+            s=26,
+            color=shade,
+            zorder=2,
+            label=f"{point / 4:.0%}",
+        )
+    axes.axvline(curves[0][key][0] or 0.0, color=BEST, lw=0.9, ls="--", zorder=0)
 
 
 def _quantity(document: Document, judged: bool) -> str:

@@ -19,8 +19,9 @@ from compressor.errors import InputError, one_line
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.stages.distill import distill
 from compressor.stages.export import export
-from compressor.stages.prune import asked, prune
+from compressor.stages.prune import asked, prune, suited
 from compressor.stages.quantize import quantize
+from compressor.task import Task
 
 Stage = Callable[..., Artifact]
 
@@ -34,6 +35,9 @@ STAGES: dict[str, Stage] = {
 
 CHECKS: dict[str, Callable[..., object]] = {"prune": asked}
 """What settings have to be together; each raises :class:`InputError`."""
+
+SUITED: dict[str, Callable[..., None]] = {"prune": suited}
+"""What settings ask of the task; each raises :class:`InputError`."""
 
 
 def form_taken(stage: Stage) -> str:
@@ -89,6 +93,15 @@ def bound(step: Step) -> Step:
     except InputError as error:
         raise InputError(f"step {step.name!r}: {error}") from None
     return replace(step, settings=settings)
+
+
+def fitting(step: Step, task: Task) -> None:
+    """Raises :class:`InputError` where a bound step asks for what the task does not have."""
+    try:
+        if step.stage in SUITED:
+            SUITED[step.stage](task, **step.settings)
+    except InputError as error:
+        raise InputError(f"step {step.name!r}: {error}") from None
 
 
 def bind(recipe: Recipe) -> Recipe:

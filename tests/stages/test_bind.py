@@ -71,10 +71,16 @@ def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
         ("prune", "ratio", -0.1, "greater than or equal to 0"),
         ("prune", "ratio", "0.5", "valid number"),
         ("prune", "ratio", True, "valid number"),
-        ("prune", "ratio", None, "valid number"),
+        ("prune", "macs", 0, "greater than 0"),
+        ("prune", "latency", 1.0, "less than 1"),
+        ("prune", "steps", 0, "greater than or equal to 1"),
+        ("prune", "floor", 1.5, "less than or equal to 1"),
+        ("prune", "widths", {"conv": 0}, "greater than or equal to 1"),
         ("prune", "ratio", math.nan, "no plain value"),
         ("prune", "ratio", Path("x"), "no plain value"),
-        ("prune", "norm", "l3", "'l1' or 'l2'"),
+        ("prune", "criterion", "l3", "'l1', 'l2'"),
+        ("prune", "ranking", "random", "'local', 'global' or 'isomorphic'"),
+        ("prune", "dtype", "fp16", "'fp32' or 'int8'"),
         ("prune", "keep", "conv1", "valid array"),
         ("prune", "keep", [3], "valid string"),
         ("distill", "epochs", 0, "greater than or equal to 1"),
@@ -104,15 +110,33 @@ def test_a_wrong_value_is_one_line(stage: str, setting: str, value: Any, said: s
     assert "\n" not in seen
 
 
-@pytest.mark.parametrize(("stage", "setting"), [("prune", "ratio"), ("quantize", "scheme")])
-def test_a_setting_without_default_is_needed(stage: str, setting: str) -> None:
-    with pytest.raises(InputError, match=f"step 'mine': {stage} needs the setting '{setting}'"):
-        bound(Step(stage, name="mine"))
+def test_a_setting_without_default_is_needed() -> None:
+    with pytest.raises(InputError, match="step 'mine': quantize needs the setting 'scheme'"):
+        bound(Step("quantize", name="mine"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "it has none of them"),
+        ({"ratio": None}, "it has none of them"),
+        ({"ratio": 0.5, "latency": 0.25}, "it has ratio = 0.5, latency = 0.25"),
+    ],
+)
+def test_pruning_has_one_target(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match="step 'mine': prune takes one of ratio, macs, ") as caught:
+        bound(Step("prune", given, name="mine"))
+    assert said in str(caught.value)
 
 
 def test_what_toml_has_becomes_what_the_signature_says() -> None:
     settings = bound(Step("prune", {"ratio": 0, "keep": ["a", "b*"]})).settings
-    assert settings == {"ratio": 0.0, "norm": "l2", "keep": ("a", "b*")}
+    assert {name: settings[name] for name in ("ratio", "macs", "criterion", "keep")} == {
+        "ratio": 0.0,
+        "macs": None,
+        "criterion": "l2",
+        "keep": ("a", "b*"),
+    }
     assert bound(Step("distill", {"learning_rate": 1})).settings["learning_rate"] == 1.0
 
 
@@ -121,4 +145,4 @@ def test_all_steps_are_bound_before_any_runs() -> None:
     with pytest.raises(InputError, match="step 'b': opset = 3"):
         bind(steps)
     (first,) = bind(steps[:1])
-    assert (first.name, first.source, first.settings["norm"]) == ("a", "baseline", "l2")
+    assert (first.name, first.source, first.settings["criterion"]) == ("a", "baseline", "l2")

@@ -105,7 +105,7 @@ def test_the_teacher_is_asked_once_a_batch_and_never_changed(
     tmp_path: Path, given: dict[str, Any], asked: int
 ) -> None:
     teacher, before = Counted().eval(), Counted()
-    handed = iter([teacher, Counted()])  # first the teacher, then what the artifact is filled into
+    handed = iter([Counted(), teacher])  # first what the artifact is filled into
     source = at_rest(table(Counted()), tmp_path)
     task = table(Counted(), model=lambda: next(handed))
     distill(source, task, tmp_path / "r", epochs=1, batch_size=32, **given)

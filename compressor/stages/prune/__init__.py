@@ -18,7 +18,7 @@ from compressor.loading import torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.measure.costs import Dtype
 from compressor.stages.distill import recover
-from compressor.stages.prune.criteria import scored
+from compressor.stages.prune.criteria import NEED_DATA, scored
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.proof import masked_copy
 from compressor.stages.prune.ranking import RANKINGS, chosen, least
@@ -29,6 +29,7 @@ from compressor.stages.prune.targets import (
     QUANTITIES,
     Costs,
     Quantity,
+    closer,
     land,
     price_of,
     real_of,
@@ -37,7 +38,7 @@ from compressor.stages.prune.targets import (
 from compressor.stages.threads import one_thread
 from compressor.task import Task
 
-__all__ = ["Curve", "Sound", "asked", "masked_copy", "prune", "sensitivities"]
+__all__ = ["Curve", "Sound", "asked", "masked_copy", "prune", "sensitivities", "suited"]
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -233,7 +234,9 @@ class _Search(NamedTuple):
             price_of(self.quantity, task, self.dtype) as price,
             real_of(self.quantity, sound.dense, before, task, self.dtype) as real,
         ):
-            way = walk(Costs(sound.model, groups, task, price), damage, self.floor, self.amount)
+            exact = self.quantity != "latency"
+            costs = Costs(sound.model, groups, task, price)
+            way = walk(costs, damage, self.floor, self.amount)
 
             def cost(counts: Sequence[int]) -> float:
                 cuts = [
@@ -243,7 +246,11 @@ class _Search(NamedTuple):
                 ]
                 return real(sound.edits(cuts))
 
-            found = land(way, cost, self.amount, exact=self.quantity != "latency")
+            found = land(way, cost, self.amount, exact=exact)
+            if exact and not found.unreached:
+                nearer = closer(costs, way.before(found.counts), self.floor, self.amount)
+                if nearer and found.reached < (share := cost(nearer)) <= self.amount:
+                    found = found._replace(counts=nearer, reached=share)
         goals = dict(zip((group.root for group in groups), found.counts, strict=True))
         unreached = (
             f"{self.quantity}={self.amount:g}: {found.unreached}" if found.unreached else None
@@ -300,6 +307,15 @@ def _taken(
         worst = max(worst, proven.difference)
         model = apply(copy.deepcopy(model), proven.edits)
     return _Taken(model, edits, layers, worst)
+
+
+def suited(task: Task, **settings: Any) -> None:
+    """Raises :class:`InputError` for settings that do not fit the task, before any work."""
+    _match(task.model(), settings["keep"])
+    if task.splits is None and settings["criterion"] in NEED_DATA:
+        raise InputError(
+            f"criterion {settings['criterion']!r} needs data: add --data SPEC, or use l2"
+        )
 
 
 def asked(**settings: Any) -> tuple[str, float]:

@@ -190,6 +190,9 @@ CRITERIA: dict[str, Criterion] = {
     "random": random,
 }
 
+NEED_DATA = ("taylor", "hessian", "activation")
+"""Criteria that read the calibration split."""
+
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])

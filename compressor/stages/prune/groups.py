@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -103,6 +104,7 @@ class _Builder:
                 continue
             groups.append(self._group(root, units))
         groups += self._cells()
+        groups = _distinct(groups)
         for group in groups:
             left.pop(group.root, None)
         return groups, left
@@ -259,6 +261,18 @@ class _Builder:
             if isinstance(module, nn.LayerNorm | nn.GroupNorm):
                 return NORMALISED.format(type(module).__name__)
         return WHOLE
+
+
+def _distinct(groups: Sequence[Group]) -> list[Group]:
+    """The groups with roots that name them: two halves of one layer that go different ways are
+    ``conv`` and ``conv (2)``."""
+    seen: dict[str, int] = defaultdict(int)
+    found = []
+    for group in groups:
+        seen[group.root] += 1
+        number = f" ({seen[group.root]})" if seen[group.root] > 1 else ""
+        found.append(replace(group, root=group.root + number))
+    return found
 
 
 def _first_made(dense: nn.Module, source: Source) -> tuple[str, int]:

@@ -64,10 +64,12 @@ class Sound:
             settled: Group | None = group
             if group.kind == "heads":
                 settled = ATTENTION[attention](self.model, group, self.holds)
+                # Heads are those of the layer as it was given, whose projections have no names.
+                group = replace(group, root=self._known(group.root))
             if settled is None:
-                self.left[self._known(group.root)] = WHY[attention]
+                self.left[group.root] = WHY[attention]
             else:
-                self.groups.append(replace(settled, root=self._known(group.root)))
+                self.groups.append(replace(settled, root=group.root))
 
     def _known(self, root: str) -> str:
         """The name of a layer in the model as it was given."""

@@ -196,6 +196,10 @@ class Walk(NamedTuple):
     states: list[Counts]
     predicted: list[float]
 
+    def before(self, counts: Counts) -> Counts:
+        """The state before this one; the dense one has none and stays."""
+        return self.states[max(self.states.index(counts) - 1, 0)]
+
 
 def walk(costs: Costs, curves: Sequence[Curve], floor: float, goal: float) -> Walk:
     """The way down, each state cheaper than the one before.
@@ -305,6 +309,30 @@ def land(way: Walk, real: Callable[[Counts], float], goal: float, *, exact: bool
     if found == last and seen[found] > goal * (1 if exact else 1 + NEAR):
         unreached = f"{seen[found]:.3f} of the original is the least that was reached"
     return Landing(way.states[found], seen[found], tried, unreached)
+
+
+def closer(costs: Costs, above: Counts, floor: float, goal: float) -> Counts | None:
+    """One rung from the last state above the goal to the state that is nearest below it.
+
+    The rung that the walk took is the cheapest in damage, and may go far beyond the goal; this is
+    the smallest that reaches it. ``None`` where no single rung does.
+    """
+    whole = costs.whole(tuple(group.width for group in costs.groups))
+    now = costs.whole(above)
+    best: tuple[float, Counts] | None = None
+    for at, group in enumerate(costs.groups):
+        lower = [
+            count
+            for count in ladder(group.width, least(group, floor), group.each)
+            if count < above[at]
+        ]
+        tried = [above, *((*above[:at], count, *above[at + 1 :]) for count in lower)]
+        here, *others = costs.cost(group.layers, tried)
+        for counts, cost in zip(tried[1:], others, strict=True):
+            share = (now - here + cost) / whole
+            if share <= goal and (best is None or share > best[0]):
+                best = share, counts
+    return best and best[1]
 
 
 def _nearest(seen: dict[int, float], goal: float) -> int:

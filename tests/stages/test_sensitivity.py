@@ -1,0 +1,259 @@
+"""Sensitivity curves: what they say is what a real cut loses, and looking changes nothing."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from standing import small_cnn, splits_of, task_of
+from torch import nn
+from torch.nn import functional as F  # noqa: N812  (the name that the field uses)
+
+from compressor import Split, Splits, Task
+from compressor.loading.edits import apply
+from compressor.stages.prune import Sound
+from compressor.stages.prune.criteria import scored
+from compressor.stages.prune.ranking import Scores, chosen
+from compressor.stages.prune.sensitivity import FEWEST, MOST, SHARES, Curve, curves, zeroed
+from compressor.task import Array, Batch
+
+SHAPE = (1, 8, 8)
+
+
+def data(count: int = 200) -> Splits:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, *SHAPE)).astype(np.float32)
+    return splits_of(x, rng.integers(0, 5, count))
+
+
+def looked(task: Task) -> tuple[Sound, Scores, list[Curve]]:
+    sound = Sound(task.model(), task, "heads")
+    scores = scored(sound.model, sound.groups, task, "l2")
+    return sound, scores, curves(sound.model, sound.groups, scores, task)
+
+
+# --- what a curve says ---
+
+
+def test_a_curve_is_what_the_real_cut_loses() -> None:
+    """Zeroing is proven to be cutting, so the loss of the cut model is the curve's."""
+    task = task_of(small_cnn(), SHAPE, splits=data())
+    sound, scores, found = looked(task)
+    assert task.splits is not None
+    (x,), y = task.splits.calibrate.head(MOST)
+    assert len(y) < MOST
+    dense = sound.dense(torch.from_numpy(x)).detach()
+
+    def lost(outputs: torch.Tensor) -> float:
+        return float(F.cross_entropy(outputs, torch.from_numpy(y)))
+
+    assert [curve.root for curve in found] == [group.root for group in sound.groups]
+    for group, strands, curve in zip(sound.groups, scores, found, strict=True):
+        assert curve.shares == (0.0, *SHARES)
+        assert curve.loss[0] == 0
+        right = (dense.argmax(1).numpy() == y).mean()
+        assert curve.metric[0] == pytest.approx(right)
+        for share, loss, metric in zip(curve.shares, curve.loss, curve.metric, strict=True):
+            if share:
+                cut = chosen(group, strands, round(group.width * (1 - share)))
+                small = apply(task.model(), sound.edits([cut]))
+                outputs = small(torch.from_numpy(x)).detach()
+                assert loss == pytest.approx(lost(outputs) - lost(dense), abs=1e-5)
+                right = (outputs.argmax(1).numpy() == y).mean()
+                assert metric == pytest.approx(right, abs=0.02)  # float32 ties
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        "lstm, two layers",
+        "vit, separate",
+        "text",
+        pytest.param(
+            "many heads",
+            marks=pytest.mark.xfail(
+                strict=True, reason="only the first output is looked at: boxes seem to cost nothing"
+            ),
+        ),
+    ],
+)
+def test_without_data_the_output_s_own_change_counts(name: str) -> None:
+    family = FAMILIES[name]
+    task = task_of(family.build(), kind=family.kind, inputs=family.inputs)
+    sound, _, found = looked(task)
+    assert len(found) == len(sound.groups)
+    for curve in found:
+        assert curve.shares[0] == 0
+        assert list(curve.shares) == sorted(curve.shares)
+        assert curve.loss[0] == 0
+        assert min(curve.loss) >= 0
+        assert max(curve.loss) > 0
+        assert np.isfinite(curve.loss).all()
+        assert np.isnan(curve.metric).all()
+
+
+def test_a_single_channel_cannot_go() -> None:
+    model = nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2))
+    _, _, found = looked(task_of(model, (4,)))
+    widths = dict(zip([curve.root for curve in found], found, strict=True))
+    for curve in found:
+        assert np.isfinite([curve.damage(share) for share in (0, 0.5, 1)]).all()
+    if "0" in widths:
+        assert widths["0"].shares == (0.0,) * 4
+    assert widths["2"].shares == (0.0, *(pytest.approx(each) for each in (1 / 3, 1 / 3, 2 / 3)))
+
+
+def test_a_dead_group_damages_nothing() -> None:
+    model = small_cnn()
+    with torch.no_grad():
+        for tensor in (*model[0].parameters(), *model[1].parameters()):  # type: ignore[index]
+            tensor.zero_()
+    for splits in (None, data(50)):
+        _, _, (dead, alive) = looked(task_of(model, SHAPE, splits=splits))
+        assert dead.loss == (0.0,) * 4
+        assert dead.damage(0.75) <= 1e-6
+        assert max(map(abs, alive.loss)) > 1e-5
+
+
+# --- damage between the points ---
+
+finite = st.floats(-1e6, 1e6)
+points = st.lists(
+    st.tuples(st.floats(0, 0.95), finite), min_size=1, max_size=6, unique_by=lambda point: point[0]
+).map(sorted)
+
+
+@given(points, st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_damage_never_falls(given: list[tuple[float, float]], shares: list[float]) -> None:
+    at, loss = zip(*given, strict=True)
+    curve = Curve("root", (0.0, *at), (0.0, *loss), (math.nan,) * (1 + len(at)))
+    found = [curve.damage(share) for share in sorted(shares)]
+    assert np.isfinite(found).all()
+    assert min(found) >= 0
+    for here, there in zip(found, found[1:], strict=False):
+        assert there >= here - 1e-9 * abs(here)
+    assert curve.damage(1.0) <= 2 * max(0.0, *loss) + 1e-6
+    for share, level in given:
+        if share:
+            assert curve.damage(share) >= level - 1e-9 * abs(level)
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_points_that_coincide_do_not_matter(loss: list[float]) -> None:
+    """Narrow groups round two shares to one count."""
+    curve = Curve("root", (0.0, 0.0, 0.5, 0.5), tuple(loss), (0.0,) * 4)
+    found = [curve.damage(share / 20) for share in range(21)]
+    assert np.isfinite(found).all()
+    assert found == sorted(found)
+
+
+@pytest.mark.xfail(strict=True, reason="a loss that is infinite or NaN is handed on as it is")
+@pytest.mark.parametrize("worst", [math.inf, math.nan])
+def test_a_loss_that_is_no_number_is_the_greatest_damage(worst: float) -> None:
+    curve = Curve("root", (0.0, 0.25, 0.5, 0.75), (0.0, 0.1, worst, 0.2), (0.0,) * 4)
+    found = [curve.damage(share / 20) for share in range(21)]
+    assert np.isfinite(found).all()  # prices are differences of damages
+    assert found == sorted(found)
+    assert found[10] > 1
+
+
+def test_where_nothing_hurts_less_is_cut_first_where_more_is_left() -> None:
+    curve = Curve("root", (0.0, 0.5), (0.0, 0.0), (0.0, 0.0))
+    found = [curve.damage(share / 10) for share in range(11)]
+    assert all(here < there for here, there in zip(found, found[1:], strict=False))
+
+
+# --- looking changes nothing ---
+
+
+@pytest.mark.parametrize("name", ["residual", "unet", "lstm, both ways", "multihead attention"])
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    family = FAMILIES[name]
+    task = task_of(family.build(), kind=family.kind, inputs=family.inputs)
+    sound = Sound(task.model(), task, "heads")
+    scores = scored(sound.model, sound.groups, task, "l2")
+    before = {key: value.clone() for key, value in sound.model.state_dict().items()}
+    grads = [parameter.requires_grad for parameter in sound.model.parameters()]
+    first = curves(sound.model, sound.groups, scores, task)
+    after = sound.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert [parameter.requires_grad for parameter in sound.model.parameters()] == grads
+    assert not any(parameter.is_inference() for parameter in sound.model.parameters())
+    again = curves(sound.model, sound.groups, scores, task)
+    assert [curve.loss for curve in again] == [curve.loss for curve in first]
+
+
+@pytest.mark.xfail(strict=True, reason="counting.macs puts the caller's model in evaluation mode")
+def test_a_model_in_training_mode_stays_in_it() -> None:
+    task = task_of(small_cnn(), SHAPE)
+    sound = Sound(task.model(), task, "heads")
+    scores = scored(sound.model, sound.groups, task, "l2")
+    curves(sound.model.train(), sound.groups, scores, task)
+    assert sound.model.training
+
+
+class Broken(Exception):
+    pass
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 15), st.booleans())
+def test_zeros_are_there_in_the_block_only(count: int, fails: bool) -> None:
+    task = task_of(small_cnn(), SHAPE)
+    sound = Sound(task.model(), task, "heads")
+    group = sound.groups[0]
+    before = {key: value.clone() for key, value in sound.dense.state_dict().items()}
+    cut = chosen(group, [torch.arange(16.0)], count)
+    gone = list(range(16 - count))
+    with torch.no_grad():
+        try:
+            with zeroed(sound.dense, cut):
+                state = sound.dense.state_dict()
+                for name, dim in (("0.weight", 0), ("0.bias", 0), ("1.bias", 0), ("3.weight", 1)):
+                    assert not state[name].index_select(dim, torch.tensor(gone)).any()
+                    left = torch.arange(16 - count, 16)
+                    kept = before[name].index_select(dim, left)
+                    assert torch.equal(state[name].index_select(dim, left), kept)
+                if fails:
+                    raise Broken
+        except Broken:
+            pass
+    after = sound.dense.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+# --- what is read ---
+
+
+def test_only_the_calibration_split_is_read_and_not_much_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = data(2000)
+    seen: list[int] = []
+
+    def refused(at: Array) -> Batch:
+        raise AssertionError("not for choices")
+
+    def watched(at: Array) -> Batch:
+        seen.append(len(at))
+        return whole.calibrate.fetch(at)
+
+    closed = Split(refused, np.arange(2000))
+    calibrate = Split(watched, whole.calibrate.indices)
+    splits = Splits(closed, closed, calibrate, closed)
+    task = task_of(small_cnn(), SHAPE, splits=splits)
+    _, _, found = looked(task)
+    assert all(np.isfinite(curve.metric).all() for curve in found)
+    assert 0 < sum(seen) <= MOST
+    # The dearer the model, the fewer, but never less than a few.
+    seen.clear()
+    monkeypatch.setattr(sys.modules[curves.__module__], "WORK", 1.0)
+    looked(task)
+    assert seen == [FEWEST]
