@@ -1567,8 +1567,8 @@ def exact(model: nn.Module, task: Task, size: int) -> list[Tensor]:
         return tensors(copy.deepcopy(model).double().eval()(*given))
 
 
-def same(wanted: nn.Module, got: nn.Module, task: Task) -> None:
+def same(wanted: nn.Module, got: nn.Module, task: Task, tolerance: float = 1e-10) -> None:
     """Both models compute the same in float64, at batch 1, 2 and 7."""
     for size in (1, 2, 7):
         for ours, theirs in zip(exact(got, task, size), exact(wanted, task, size), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

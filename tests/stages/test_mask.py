@@ -79,8 +79,8 @@ def test_the_largest_of_every_few_inputs_stay(
 
 def test_equal_magnitudes_the_first_stays(tmp_path: Path) -> None:
     task = linear([[1.0, -1.0, 1.0, 1.0]])
-    for given in ({"sparsity": 0.5}, {"pattern": "2:4"}):
-        model, _, _ = masked(task, tmp_path, **given)
+    for asked in ({"sparsity": 0.5}, {"pattern": "2:4"}):
+        model, _, _ = masked(task, tmp_path, **asked)
         assert model.get_parameter("0.weight").tolist() == [[1, -1, 0, 0]]
 
 
@@ -240,8 +240,6 @@ def test_it_exports(tmp_path: Path) -> None:
         wanted = model(torch.from_numpy(x)).numpy()
     sparse = export(made, task, tmp_path / "sparse")
     np.testing.assert_allclose(session(sparse.path)(x), wanted, rtol=0, atol=1e-5)
-    dense = export(at_rest(task, tmp_path), task, tmp_path / "dense")
-    assert abs(sparse.size_bytes - dense.size_bytes) < 64  # names only
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_damage_never_falls(given: list[tuple[float, float]], shares: list[float
     found = [curve.damage(share) for share in sorted(shares)]
     assert np.isfinite(found).all()
     assert min(found) >= 0
-    for here, there in zip(found, found[1:], strict=False):
+    for here, there in pairwise(found):
         assert there >= here - 1e-9 * abs(here)
     assert curve.damage(1.0) <= 2 * max(0.0, *loss) + 1e-6
     for share, level in given:
@@ -167,7 +168,7 @@ def test_a_loss_that_is_no_number_is_the_greatest_damage(worst: float) -> None:
 def test_where_nothing_hurts_less_is_cut_first_where_more_is_left() -> None:
     curve = Curve("root", (0.0, 0.5), (0.0, 0.0), (0.0, 0.0))
     found = [curve.damage(share / 10) for share in range(11)]
-    assert all(here < there for here, there in zip(found, found[1:], strict=False))
+    assert all(here < there for here, there in pairwise(found))
 
 
 # --- looking changes nothing ---
@@ -243,7 +244,8 @@ def test_only_the_calibration_split_is_read_and_not_much_of_it(
 
     def watched(at: Array) -> Batch:
         seen.append(len(at))
-        return whole.calibrate.fetch(at)
+        batch: Batch = whole.calibrate.fetch(at)
+        return batch
 
     closed = Split(refused, np.arange(2000))
     calibrate = Split(watched, whole.calibrate.indices)

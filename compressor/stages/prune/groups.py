@@ -43,6 +43,7 @@ class _Builder:
         self.tied = _tied(dense)
         self.sets = _Sets()
         self.bare: dict[Slice, list[Write]] = {}
+        self.plain: dict[int | Place, list[tuple[str, int, int]] | None] = {}
         for place, channels in trace.meets.items():
             for k, origins in enumerate(channels):
                 for at, position in origins:
@@ -90,8 +91,9 @@ class _Builder:
             # Units of one group come from the same strands and take the same from the same tensors.
             strands = frozenset(strand for node in nodes for strand in self._strand(node))
             shape = tuple((part.parameter, part.dim, len(part.at)) for part in unit)
+            if (strands, shape) not in found:
+                self.bare[unit[0]] = list(self._bare(nodes))
             found[strands, shape].append((root, position, unit))
-            self.bare.setdefault(unit[0], []).extend(self._bare(nodes))
         strands_of = [sorted(units) for units in found.values()]
         ordered = sorted(self._merged(strands_of, left), key=lambda group: group[0][0][:2])
         groups = []
@@ -130,7 +132,7 @@ class _Builder:
             strands,
             kind=kind,  # type: ignore[arg-type]
             each=1 if kind == "hidden units" else max(1, len(at)),
-            writes=tuple(self.bare.get(strands[0][0][0], ())),
+            writes=next((tuple(w) for u in strands[0] if (w := self.bare.get(u[0]))), ()),
         )
 
     def _bare(self, nodes: Iterable[Node]) -> Iterator[Write]:
@@ -204,36 +206,53 @@ class _Builder:
     def _unit(self, nodes: Iterable[Node]) -> Unit:
         merged: dict[tuple[str, int], set[int]] = defaultdict(set)
         for node in nodes:
-            for part in self._slices(node):
-                merged[part.parameter, part.dim].update(part.at)
+            head: int | Place
+            head, k = node[1:] if node[0] == "source" else node  # type: ignore[misc]
+            plain = self._plain(head)
+            if plain is None:
+                for part in self._slices(head, k):
+                    merged[part.parameter, part.dim].update(part.at)
+            else:
+                for name, dim, size in plain:
+                    # A grouped convolution's second axis holds one group's channels.
+                    merged[name, dim].add(k % size)
         return tuple(
             Slice(name, dim, tuple(sorted(at))) for (name, dim), at in sorted(merged.items())
         )
 
-    def _slices(self, node: Node) -> Iterator[Slice]:
-        if node[0] == "source":
-            source, k, end = self.trace.sources[node[1]], node[2], "out"
+    def _plain(self, head: int | Place) -> list[tuple[str, int, int]] | None:
+        """Tensors, axes and their sizes that hold one position for each channel; ``None`` for a
+        layer that keeps its channels otherwise."""
+        if head not in self.plain:
+            self.plain[head] = self._tensors(head)
+        return self.plain[head]
+
+    def _tensors(self, head: int | Place) -> list[tuple[str, int, int]] | None:
+        if isinstance(head, int):
+            source = self.trace.sources[head]
             if source.dim is not None:
-                yield Slice(source.name, source.dim, (k,))
-                return
-            name = source.name
+                return [(source.name, source.dim, source.width)]
+            name, end = source.name, "out"
         else:
-            (name, end), k = node  # type: ignore[misc]
+            name, end = head
         module = self.modules[name]
-        if isinstance(module, nn.RNNBase):
-            if end != "state":
-                yield from (recurrent.reads if end == "in" else recurrent.makes)(name, module, k)
-            return
+        if isinstance(module, nn.RNNBase) or (end == "pass" and depthwise(module)):
+            return None
         kind = kind_of(module)
         assert kind is not None
-        if end == "pass" and depthwise(module):
+        return [
+            (f"{name}.{tensor}", dim, held.shape[dim])
+            for tensor, dim in (kind.reads if end == "in" else kind.makes)
+            if (held := getattr(module, tensor, None)) is not None
+        ]
+
+    def _slices(self, head: int | Place, k: int) -> Iterator[Slice]:
+        name, end = (self._name(head), "out") if isinstance(head, int) else head
+        module = self.modules[name]
+        if not isinstance(module, nn.RNNBase):
             yield from self._depthwise(name, module, k)
-            return
-        for tensor, dim in kind.reads if end == "in" else kind.makes:
-            held = getattr(module, tensor, None)
-            if held is not None:
-                # A grouped convolution's second axis holds one group's channels.
-                yield Slice(f"{name}.{tensor}", dim, (k % held.shape[dim],))
+        elif end != "state":
+            yield from (recurrent.reads if end == "in" else recurrent.makes)(name, module, k)
 
     def _depthwise(self, name: str, module: nn.Module, k: int) -> Iterator[Slice]:
         assert isinstance(module, _ConvNd)
@@ -248,7 +267,9 @@ class _Builder:
         origins = self._origins(nodes)
         if any(at in self.trace.outward for at, _ in origins):
             return OUTPUT
-        if any(self.modules[part.parameter.rpartition(".")[0]] in self.tied for part in unit):
+        if self.tied and any(
+            self.modules[part.parameter.rpartition(".")[0]] in self.tied for part in unit
+        ):
             return TIED
         if len(nodes) == len(origins) and not self._recurrent(unit):
             return UNREAD
