@@ -22,7 +22,13 @@ QUANTIZE = {
 PRUNE = ("ratio", "macs", "params", "size", "latency", "widths")
 """Settings of pruning that say how much; ``--prune`` replaces all of them."""
 
-NAMES = {"prune": "pruned", "distill": "recovered", "export": "exported"}
+NAMES = {
+    "prune": "pruned",
+    "distill": "recovered",
+    "sparsify": "sparsified",
+    "mask": "masked",
+    "export": "exported",
+}
 SCHEMES = {"dynamic": "int8-dynamic", "static": "int8-static", "fp16": "fp16"}
 BASELINE = "baseline"
 

@@ -1,4 +1,4 @@
-"""What the pruning benchmarks share: models, tasks around them, bare torch-pruning, cells."""
+"""What the pruning benchmarks share: models and their tasks, bare torch-pruning, figures, cells."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import copy
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import compressor
 from compressor import zoo
 from compressor.artifact import Artifact, digest, write_text
+from compressor.demo import demo
+from compressor.loading import task as tasks
 from compressor.loading import torchfile
+from compressor.loading.task import first
+from compressor.measure.counting import macs
 from compressor.measure.environment import environment
-from compressor.task import Input, Inputs, Task
+from compressor.metrics import METRICS
+from compressor.task import Input, Inputs, Split, Task
 
 IMAGE = (3, 224, 224)
+
+HALVINGS = 12
+"""Of the ratio on the way to equal MACs: 1/4096 is finer than one channel of 1280."""
 
 
 def efficientnet() -> nn.Module:
@@ -77,38 +86,75 @@ def at_rest(task: Task, path: Path) -> Artifact:
     return Artifact.of(path, "torch")
 
 
-def cut(
-    model: nn.Module,
-    examples: Inputs,
-    ratio: float = 0.0,
-    layers: Mapping[str, tuple[int, int]] | None = None,
-) -> nn.Module:
+def trained(name: str, seed: int, data: str, epochs: int, work: Path) -> Task:
+    """The zoo's ``name`` of this seed, trained now or before."""
+    path = work / f"{name}-{seed}.pt"
+    print(f"training {path.name}", file=sys.stderr, flush=True)
+    return tasks(demo(name, data=data, epochs=epochs, out=path, seed=seed).path, seed=seed)
+
+
+def known(task: Task) -> dict[str, str]:
+    """What every cell about a trained model rests on."""
+    return {"code": code(), "model": torchfile.state_digest(task.model().state_dict())}
+
+
+def scores(model: nn.Module, task: Task, split: Split) -> list[float]:
+    """The task's metric of every example of ``split``."""
+    model.eval()
+    found: list[float] = []
+    with torch.inference_mode():
+        for inputs, targets in split.batches(256):
+            outputs = first(model(*map(torch.from_numpy, inputs))).numpy()
+            found += METRICS[task.kind][task.metric].score(outputs, targets).tolist()
+    return found
+
+
+def paired(differences: Sequence[float]) -> dict[str, float]:
+    """Mean of two or more seeds' differences, with Student's t interval of 95 %."""
+    from scipy import stats  # type: ignore[import-untyped]
+
+    middle = float(np.mean(differences))
+    reach = float(stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences))
+    return {"value": middle, "low": middle - reach, "high": middle + reach}
+
+
+def cut(model: nn.Module, examples: Inputs, ratio: float) -> nn.Module:
     """``model`` cut in place by bare torch-pruning with its own defaults, and given back.
 
-    Group L2 norm, the last linear layer ignored, nothing rounded. ``ratio`` is for every layer;
-    ``layers`` says for some how many channels they have and shall keep, and goes before ``ratio``.
+    Group L2 norm, the last linear layer ignored, nothing rounded.
     """
     import torch_pruning
 
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    # torch-pruning truncates width * (1 - ratio): half a channel more survives floating point.
-    ratios = {
-        model.get_submodule(name): 1 - (kept + 0.5) / width
-        for name, (width, kept) in (layers or {}).items()
-    }
     torch_pruning.pruner.BasePruner(
         model,
         tuple(map(torch.from_numpy, examples)),
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
-        pruning_ratio_dict=ratios,
+        pruning_ratio_dict={},  # it writes to its own default arguments
         ignored_layers=[last],
-        in_channel_groups={},  # it writes to its own default arguments
+        in_channel_groups={},
         out_channel_groups={},
         num_heads={},
         channel_groups={},
     ).step()
     return model
+
+
+def matched(task: Task, goal: int) -> tuple[nn.Module, float]:
+    """torch-pruning's cut whose MACs are nearest to ``goal``, and its ratio.
+
+    MACs never rise with the ratio, so halving the interval finds the two that lie around ``goal``.
+    """
+    examples = task.examples(1)
+    low, high, tried = 0.0, 1.0, []
+    for _ in range(HALVINGS):
+        ratio = (low + high) / 2
+        count = macs(cut(task.model(), examples, ratio), examples)
+        tried.append((abs(count - goal), ratio))
+        low, high = (ratio, high) if count > goal else (low, ratio)
+    nearest = min(tried)[1]
+    return cut(task.model(), examples, nearest), nearest
 
 
 def code() -> str:

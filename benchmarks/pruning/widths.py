@@ -44,9 +44,6 @@ PRECISIONS = ("fp32", "int8")
 SAMPLES = 8
 """Calibration examples: the ranges decide no time."""
 
-HALVINGS = 12
-"""Of the ratio on the way to equal MACs: 1/4096 is finer than one channel of 1280."""
-
 Variant = dict[str, Any]
 """``name, cut, ratio`` (asked), ``reached``, ``macs, params`` and ``files`` by precision."""
 
@@ -82,7 +79,7 @@ def made(name: str, ratios: Sequence[float], work: Path) -> list[Variant]:
         ours = made("ours", ratio, functools.partial(our_cut, ratio=ratio))
         equal = made("theirs", ratio, functools.partial(their_cut, ratio=ratio))
         goal = ours["macs"]
-        matched = made("theirs-matched", ratio, functools.partial(matched_cut, goal=goal), goal)
+        matched = made("theirs-matched", ratio, functools.partial(peers.matched, goal=goal), goal)
         variants += [ours, equal, matched]
     return variants
 
@@ -120,20 +117,6 @@ def our_cut(task: Task, ratio: float) -> tuple[nn.Module, float]:
 def their_cut(task: Task, ratio: float) -> tuple[nn.Module, float]:
     """torch-pruning's cut, and the ratio that it was asked for."""
     return peers.cut(task.model(), task.examples(1), ratio), ratio
-
-
-def matched_cut(task: Task, goal: int) -> tuple[nn.Module, float]:
-    """torch-pruning's cut whose MACs are nearest to ``goal``, and its ratio.
-
-    MACs never rise with the ratio, so halving the interval finds the two that lie around ``goal``.
-    """
-    low, high, tried = 0.0, 1.0, []
-    for _ in range(HALVINGS):
-        ratio = (low + high) / 2
-        count = macs(their_cut(task, ratio)[0], task.examples(1))
-        tried.append((abs(count - goal), ratio))
-        low, high = (ratio, high) if count > goal else (low, ratio)
-    return their_cut(task, min(tried)[1])
 
 
 def files(task: Task, into: Path) -> dict[str, str]:

@@ -107,7 +107,10 @@ class Maker:
         if made is None:
             return
         self.resolved.append(replace(step, settings=made.steps[-1]["settings"]))
-        if unreached := made.steps[-1].get("facts", {}).get("unreached"):
+        facts = made.steps[-1].get("facts", {})
+        if note := facts.get("note"):
+            self.warnings.append(f"{step.name}: {note}")
+        if unreached := facts.get("unreached"):
             self.missed.append(f"{step.name}: {unreached}")
             self.warnings.append(self.missed[-1])
         (self.torch if made.form == "torch" else self.onnx)[step.name] = made

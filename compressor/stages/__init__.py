@@ -19,8 +19,10 @@ from compressor.errors import InputError, one_line
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.stages.distill import distill
 from compressor.stages.export import export
+from compressor.stages.mask import fraction, mask
 from compressor.stages.prune import asked, prune, suited
 from compressor.stages.quantize import quantize
+from compressor.stages.sparsify import sparsify
 from compressor.task import Task
 
 Stage = Callable[..., Artifact]
@@ -28,12 +30,14 @@ Stage = Callable[..., Artifact]
 STAGES: dict[str, Stage] = {
     "prune": prune,
     "distill": distill,
+    "sparsify": sparsify,
+    "mask": mask,
     "export": export,
     "quantize": quantize,
 }
 
 
-CHECKS: dict[str, Callable[..., object]] = {"prune": asked}
+CHECKS: dict[str, Callable[..., object]] = {"prune": asked, "mask": fraction}
 """What settings have to be together; each raises :class:`InputError`."""
 
 SUITED: dict[str, Callable[..., None]] = {"prune": suited}

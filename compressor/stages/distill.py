@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from compressor.errors import Unsuitable
 from compressor.loading import torchfile
 from compressor.loading.task import first
 from compressor.stages.losses import LOSSES
+from compressor.stages.mask import held
 from compressor.stages.training import Epoch, fit
 from compressor.task import Task
 
@@ -51,16 +53,17 @@ def distill(
         raise Unsuitable("no data to train on: add --data SPEC")
     resolved = epochs or epochs_for(task)
     model, edits = torchfile.open_model(artifact, task)
-    history = recover(
-        model,
-        task,
-        epochs=resolved,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        loss=loss,
-        temperature=temperature,
-        weight=weight,
-    )
+    with held(model, artifact):
+        history = recover(
+            model,
+            task,
+            epochs=resolved,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            loss=loss,
+            temperature=temperature,
+            weight=weight,
+        )
     path = into.with_name(into.name + torchfile.SUFFIX)
     torchfile.write(path, model, task.source, edits)
     settings = {
@@ -72,6 +75,25 @@ def distill(
         "weight": weight,
     }
     return artifact.then(path, "torch", "distill", settings, history=history)
+
+
+def taught(
+    task: Task, temperature: float = 4.0, weight: float = 0.5
+) -> Callable[[Tensor, tuple[Tensor, ...], Tensor], Tensor]:
+    """The loss of recovery: ``weight`` on the outputs of the task's original model, the rest on
+    labels."""
+    teacher = task.model().eval()
+    labels, imitation = LOSSES[task.kind]
+
+    def loss(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        value = labels(outputs, targets)
+        if weight:
+            with torch.no_grad():
+                goal = first(teacher(*inputs))
+            value = (1 - weight) * value + weight * imitation(outputs, goal, temperature)
+        return value
+
+    return loss
 
 
 def epochs_for(task: Task) -> int:
@@ -98,22 +120,10 @@ def recover(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise Unsuitable("every parameter is frozen: nothing can be trained")
     assert task.splits is not None
-    share = weight if loss == "distill" else 0.0
-    teacher = task.model().eval()
-    labels, imitation = LOSSES[task.kind]
-
-    def combined(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        value = labels(outputs, targets)
-        if share:
-            with torch.no_grad():
-                goal = first(teacher(*inputs))
-            value = (1 - share) * value + share * imitation(outputs, goal, temperature)
-        return value
-
     return fit(
         model,
         task.splits,
-        combined,
+        taught(task, temperature, weight if loss == "distill" else 0.0),
         kind=task.kind,
         metric=task.metric,
         epochs=epochs,

@@ -146,7 +146,9 @@ def test_scale_multiplies_those_slices_only(dim: int, data: st.DataObject, facto
     before = dense.get_parameter("fc.weight").detach().clone()
     size = before.shape[dim]
     indices = sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1)))
-    rest = {name: value.clone() for name, value in dense.state_dict().items() if name != "fc.weight"}
+    rest = {
+        name: value.clone() for name, value in dense.state_dict().items() if name != "fc.weight"
+    }
     apply(dense, [scale(dim=dim, indices=indices, factor=factor)])
     after = dense.get_parameter("fc.weight").detach().movedim(dim, 0)
     for at, (old, new) in enumerate(zip(before.movedim(dim, 0), after, strict=True)):

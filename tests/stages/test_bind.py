@@ -34,7 +34,11 @@ def test_every_stage_has_the_one_shape(name: str) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_settings_are_the_keyword_only_parameters(name: str) -> None:
-    needed = {"prune": {"ratio": 0.5}, "quantize": {"scheme": "static"}}.get(name, {})
+    needed = {
+        "prune": {"ratio": 0.5},
+        "mask": {"pattern": "2:4"},
+        "quantize": {"scheme": "static"},
+    }.get(name, {})
     settings = bound(Step(name, needed, name="s")).settings
     keywords = {
         at.name: at.default

@@ -1,4 +1,4 @@
-"""The test zoo of pruning is what it says, and every family of it is pruned, loaded and exported."""
+"""The test zoo of pruning is what it says; every family is pruned, loaded and exported."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ def test_vectors_differ_between_channels() -> None:
 # --- pruned
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
 
 def pruned(name: str, folder: Path, **given: Any) -> tuple[Task, Artifact, dict[str, Any]]:
     """The task, the artifact and the facts."""

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from families import exact, masked, same, task_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from standing import at_rest, settled, small_cnn, task_of
+from standing import at_rest, settled, small_cnn, splits_of, task_of
 from torch import Tensor, nn
 
 from compressor import Artifact, InputError, StageError, Task, Unsuitable, zoo
 from compressor.loading import torchfile
-from compressor.loading.edits import apply
-from compressor.loading.task import tensors
 from compressor.stages import prune
-from compressor.stages.prune.cutting import Cut, cut
+from compressor.stages.prune.criteria import CRITERIA
+from compressor.stages.prune.cutting import edits_of
+from compressor.stages.prune.group import Cut, Group, Slice
 from compressor.stages.prune.groups import groups_of
-from compressor.stages.prune.proof import disproof, masked_copy
+from compressor.stages.prune.proof import disproof
+from compressor.stages.prune.ranking import RANKINGS, least
 from compressor.stages.prune.rounding import kept
 
 IMAGE = (1, 8, 8)
@@ -33,22 +35,12 @@ def pruned(task: Task, folder: Path, **given: Any) -> tuple[nn.Module, dict[str,
     return model, dict(made.steps[-1]["facts"]), made
 
 
-def outputs(model: nn.Module, task: Task, size: int) -> list[Tensor]:
-    given = (torch.from_numpy(part).double() for part in task.examples(size))
-    with torch.inference_mode():
-        return tensors(copy.deepcopy(model).double()(*given))
-
-
 def check(task: Task, model: nn.Module, made: Artifact) -> None:
     """The law: the cut model is the masked dense one, at any batch, with all its outputs."""
     _, edits = torchfile.open_model(made, task)
-    masked = masked_copy(task.model(), edits)
-    for size in (1, 2, 7):
-        wanted, got = outputs(masked, task, size), outputs(model, task, size)
-        assert [each.shape for each in got] == [each.shape for each in wanted]
-        for ours, theirs in zip(got, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    assert [each.shape for each in got] == [each.shape for each in outputs(task.model(), task, 7)]
+    same(masked(task.model(), edits), model, task)
+    for ours, theirs in zip(exact(model, task, 7), exact(task.model(), task, 7), strict=True):
+        assert ours.shape == theirs.shape
 
 
 # --- how many stay
@@ -112,10 +104,10 @@ def test_the_rule_of_rounding(width: int, ratio: float) -> None:
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(ratio=st.floats(0.15, 0.95), norm=st.sampled_from(["l1", "l2"]))
-def test_any_ratio_is_reached_and_right(ratio: float, norm: str, tmp_path: Path) -> None:
+@given(ratio=st.floats(0.15, 0.95), criterion=st.sampled_from(["l1", "l2"]))
+def test_any_ratio_is_reached_and_right(ratio: float, criterion: str, tmp_path: Path) -> None:
     task = task_of(small_cnn(), IMAGE)
-    model, facts, made = pruned(task, tmp_path, ratio=ratio, norm=norm)
+    model, facts, made = pruned(task, tmp_path, ratio=ratio, criterion=criterion)
     assert facts["layers"] == {
         "0": [16, kept(16, ratio)],
         "3": [32, kept(32, ratio)],
@@ -168,44 +160,48 @@ def test_a_second_cut_builds_on_the_first(tmp_path: Path) -> None:
     between, before = torchfile.open_model(once, task)
     model, edits = torchfile.open_model(twice, task)
     assert edits[: len(before)] == before
-    masked = masked_copy(between, edits[len(before) :])
-    torch.testing.assert_close(outputs(model, task, 7), outputs(masked, task, 7))
+    same(masked(between, edits[len(before) :]), model, task)
 
 
-class Shuffle(nn.Module):
-    """A channel shuffle over cut channels: torch-pruning does not see that it moves them."""
+class Moved(nn.Module):
+    """Channels that change places in a way that NaN does not show: sorted by their own values."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-        self.c, self.head = nn.Conv2d(32, 16, 1), nn.Linear(16, 3)
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 32)
+        self.head = nn.Linear(32, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x).relu()
-        n, c, h, w = y.shape
-        y = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-        y = self.c(self.b(y).relu()).relu()
-        return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
+        y = self.a(x)
+        # The order is that of the clean values, whatever is dyed.
+        order = y.detach().nan_to_num(0.0).abs().argsort(1)
+        return self.head(self.b(y.gather(1, order)).relu())  # type: ignore[no-any-return]
 
 
-def test_a_channel_shuffle_is_caught_by_the_proof_and_by_nothing_else(tmp_path: Path) -> None:
+def test_what_the_dye_gets_wrong_the_proof_finds(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    task = task_of(Shuffle(), IMAGE)
+    task = task_of(Moved(), (4,))
+    model, facts, made = pruned(task, tmp_path)
+    assert set(facts["layers"]) == {"b"}
+    assert "a" in facts["left_alone"]
+    check(task, model, made)
+
+
+def test_a_wrong_cut_is_disproven() -> None:
+    """A channel too much on the reading side: it runs, and it is wrong."""
+    task = task_of(small_cnn(), IMAGE)
     dense = task.model()
-    found, _ = groups_of(dense, task.examples(1), "l2")
-    (group,) = (group for group in found if group.root == "a")
-    gone = tuple(sorted(group.scores.argsort()[:8].tolist()))
-    edits = cut(dense, [Cut("a", gone, 16)], task.examples(1))
-    # Without the proof: it runs, and it is wrong.
-    wrong = apply(copy.deepcopy(dense), edits)
-    difference = outputs(wrong, task, 7)[0] - outputs(masked_copy(dense, edits), task, 7)[0]
-    assert difference.abs().max() > 1e-3
+    groups, _ = groups_of(dense, task.examples(2))
+    (group,) = (group for group in groups if group.root == "0")
+    edits = edits_of(dense, [Cut(group, ((0, 1),))])
+    difference, why = disproof(dense, edits, task.examples(7), torch.float64)
+    assert not why
+    assert difference < 1e-12
+    (reads,) = (edit for edit in edits if edit.get("parameter") == "3.weight")
+    reads["indices"] = [1, *reads["indices"][1:]]
+    # The masked model keeps its own idea of what goes: the columns do not fit the rows any more.
     _, why = disproof(dense, edits, task.examples(7), torch.float64)
     assert "the cut is not equivalent: outputs differ by" in why
-    model, facts, made = pruned(task, tmp_path)
-    assert set(facts["layers"]) == {"b", "c"}
-    assert "the cut is not equivalent" in facts["left_alone"]["a"]
-    check(task, model, made)
 
 
 class Heads(nn.Module):
@@ -219,11 +215,10 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Any:
         y = self.body(x).relu()
         z = self.box(y).relu()
-        n = y.shape[0]
         return {
             "logits": self.logits(z),
-            # A shuffle on the way to the second output only.
-            "other": [self.shift(y.view(n, 2, -1).transpose(1, 2).reshape(n, -1))],
+            # Sizes that are right only before the cut, on the way to the second output only.
+            "other": [self.shift(torch.cat(y.split([8, 24], 1)[::-1], 1))],
             "name": None,
         }
 
@@ -235,7 +230,7 @@ def test_every_output_is_proven_and_keeps_its_shape(tmp_path: Path) -> None:
     assert set(facts["layers"]) == {"box"}
     left = facts["left_alone"]
     assert left["logits"] == left["shift"] == "its channels are the model's output"
-    assert "the cut is not equivalent" in left["body"]
+    assert "the cut model does not run" in left["body"]
     check(task, model, made)
 
 
@@ -270,24 +265,15 @@ def test_frozen_parameters_are_cut_and_stay_frozen(tmp_path: Path, which: str) -
     check(task, model, made)
 
 
-class Constant(nn.Module):
-    """A head that flattens to a number which is only right before the cut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16 * 64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.b(self.a(x).relu()).relu().view(-1, 16 * 64))  # type: ignore[no-any-return]
-
-
-def test_a_constant_view_is_left_alone_and_named(tmp_path: Path) -> None:
-    task = task_of(Constant(), IMAGE)
-    model, facts, made = pruned(task, tmp_path)
-    assert set(facts["layers"]) == {"a"}
-    assert facts["left_alone"]["b"].startswith("the cut model does not run (shape '[-1, 1024]'")
-    check(task, model, made)
+def test_a_view_to_a_constant_is_rewritten_only_where_it_is_needed(tmp_path: Path) -> None:
+    task = task_for("constant view")
+    _, facts, made = pruned(task, tmp_path)
+    _, edits = torchfile.open_model(made, task)
+    assert edits[0] == {"edit": "rewrite", "module": "", "as": "flatten", "size": 512}
+    assert facts["layers"]["second.conv"] == [32, 16]
+    _, facts, made = pruned(task, tmp_path, keep=("second*",))
+    _, edits = torchfile.open_model(made, task)
+    assert not any(edit["edit"] == "rewrite" for edit in edits)
 
 
 def test_tied_weights_are_left_alone(tmp_path: Path) -> None:
@@ -338,7 +324,7 @@ class Normed(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "why"),
     [
-        (nn.GroupNorm(4, 16), "GroupNorm over the cut channels would change its statistics"),
+        (nn.GroupNorm(1, 16), "GroupNorm over the cut channels would change its statistics"),
         (nn.LayerNorm([16, 6, 6]), "LayerNorm over the cut channels would change its statistics"),
     ],
 )
@@ -350,15 +336,21 @@ def test_statistics_over_channels_are_left_alone(tmp_path: Path, norm: nn.Module
     check(task, model, made)
 
 
-def test_a_grouped_convolution_is_left_alone_and_a_depthwise_one_follows(tmp_path: Path) -> None:
-    grouped = Normed(nn.Conv2d(16, 16, 3, padding=1, groups=4))
-    _, facts, _ = pruned(task_of(grouped, IMAGE), tmp_path)
-    assert set(facts["layers"]) == {"b"}
-    assert facts["left_alone"]["norm"] == "grouped convolution"
-    depthwise = task_of(Normed(nn.Conv2d(16, 16, 3, padding=1, groups=16)), IMAGE)
-    model, facts, made = pruned(depthwise, tmp_path)
-    assert model.get_submodule("norm").groups == 8
-    check(depthwise, model, made)
+def test_groups_of_a_group_norm_go_as_a_whole(tmp_path: Path) -> None:
+    task = task_of(Normed(nn.GroupNorm(4, 16)), IMAGE)
+    model, facts, made = pruned(task, tmp_path)
+    assert facts["layers"]["a"] == [16, 8]
+    assert model.get_submodule("norm").num_groups == 2
+    check(task, model, made)
+
+
+@pytest.mark.parametrize("groups", [4, 16])
+def test_a_grouped_and_a_depthwise_convolution_follow(tmp_path: Path, groups: int) -> None:
+    task = task_of(Normed(nn.Conv2d(16, 16, 3, padding=1, groups=groups)), IMAGE)
+    model, facts, made = pruned(task, tmp_path)
+    assert facts["layers"]["a"] == [16, 8]
+    assert model.get_submodule("norm").groups == min(groups, 8)
+    check(task, model, made)
 
 
 def test_a_model_that_insists_on_float32_is_proven_in_it(tmp_path: Path) -> None:
@@ -375,10 +367,10 @@ def test_a_model_that_insists_on_float32_is_proven_in_it(tmp_path: Path) -> None
 
     task = task_of(Insists(), (5, 4))
     model, facts, _ = pruned(task, tmp_path)
-    assert set(facts["layers"]) == {"a"}
+    assert set(facts["layers"]) == {"a", "b"}
     assert facts["proof"]["dtype"] == "float32"
     assert facts["proof"]["max_abs_diff"] < 1e-6
-    assert facts["left_alone"]["rnn"].startswith("feeds or is a recurrent layer")
+    assert set(facts["left_alone"]) == {"rnn", "head"}
     assert model(torch.zeros(2, 5, 4)).shape == (2, 3)
 
 
@@ -424,7 +416,7 @@ def test_a_container_s_name_keeps_what_is_inside(tmp_path: Path) -> None:
     [
         (nn.Linear(4, 3), (4,), {}, "nothing could be pruned"),
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (4,), {}, "the model's output"),
-        (nn.Sequential(nn.Flatten()), (4,), {}, "no layer with channels to cut|cannot trace"),
+        (nn.Sequential(nn.Flatten()), (4,), {}, "no layer with channels to cut"),
         (small_cnn(), IMAGE, {"ratio": 0.0}, "a ratio of 0 removes nothing"),
         (small_cnn(2), IMAGE, {"ratio": 0.01}, "0.01 of 2 channels rounds to none"),
     ],
@@ -439,18 +431,194 @@ def test_nothing_to_prune_is_said(
 
 
 def test_a_model_that_cannot_be_traced_is_one_line(tmp_path: Path) -> None:
-    class Detached(nn.Module):
+    class Strict(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a = nn.Linear(4, 8)
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
 
-        @torch.no_grad()
         def forward(self, x: Tensor) -> Tensor:
-            return self.a(x)  # type: ignore[no-any-return]
+            x = self.a(x)
+            if not x.isfinite().all():
+                raise ValueError("not\nfinite")
+            return self.b(x)  # type: ignore[no-any-return]
 
-    with pytest.raises(StageError) as caught:
-        pruned(task_of(Detached(), (4,)), tmp_path)
+    with pytest.raises(StageError, match="the model's channels cannot be followed") as caught:
+        pruned(task_of(Strict(), (4,)), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def uneven() -> nn.Module:
+    """A third and two thirds of one layer's channels are read apart, by sizes that follow it."""
+
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.p, self.q = nn.Linear(4, 48), nn.Linear(16, 8), nn.Linear(32, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.a(x).relu()
+            third = y.shape[1] // 3
+            return self.head((self.p(y[:, :third]) + self.q(y[:, third:])).relu())
+
+    torch.manual_seed(0)
+    return Uneven()
+
+
+def test_two_groups_of_one_layer_are_both_cut(tmp_path: Path) -> None:
+    task = task_of(uneven(), (4,))
+    model, facts, made = pruned(task, tmp_path)
+    check(task, model, made)
+    assert facts["layers"] == {"a": [16, 8], "a (2)": [32, 16], "p": [8, 4]}
+
+
+@pytest.mark.xfail(strict=True, reason="a grouped transposed convolution's units are counted as 1")
+def test_units_of_a_grouped_transposed_convolution_are_of_many_channels(tmp_path: Path) -> None:
+    _, facts, _ = pruned(task_for("transposed, grouped"), tmp_path)
+    assert facts["layers"]["up"] == [64, 32]
+
+
+# --- criteria, rankings, steps
+
+
+def with_data(**changes: Any) -> Task:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, *IMAGE)).astype(np.float32)
+    return task_of(  # type: ignore[no-any-return]
+        small_cnn(), IMAGE, splits=splits_of(x, rng.integers(0, 5, 40)), **changes
+    )
+
+
+@pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_and_ranking_through_the_stage(
+    tmp_path: Path, criterion: str, ranking: str
+) -> None:
+    task = with_data()
+    model, facts, made = pruned(task, tmp_path, criterion=criterion, ranking=ranking)
+    assert facts["layers"]
+    if ranking == "local":
+        assert facts["layers"] == {"0": [16, 8], "3": [32, 16]}
+    elif criterion != "bn":  # here all its scales are 1
+        assert facts["reached"] == pytest.approx(0.5, abs=0.15)
+    check(task, model, made)
+    settings = made.steps[-1]["settings"]
+    assert (settings["criterion"], settings["ranking"]) == (criterion, ranking)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "hessian", "activation"])
+def test_a_criterion_that_reads_data_needs_some(tmp_path: Path, criterion: str) -> None:
+    with pytest.raises(InputError, match=criterion):
+        pruned(task_of(small_cnn(), IMAGE), tmp_path, criterion=criterion)
+
+
+def test_data_trains_between_steps_and_the_file_is_the_model(tmp_path: Path) -> None:
+    task = with_data()
+    once, _, _ = pruned(task, tmp_path)
+    model, facts, made = pruned(task, tmp_path, steps=3)
+    # After the last cut nothing is trained: three steps are three cuts and two recoveries.
+    assert facts["layers"] == {"0": [16, 8], "3": [32, 16]}
+    assert [each.shape for each in model.parameters()] == [each.shape for each in once.parameters()]
+    kept_rows = {tuple(row.flatten().tolist()) for row in small_cnn().get_parameter("3.weight")}
+    ours = {tuple(row.flatten().tolist()) for row in model.get_parameter("3.weight")}
+    assert not ours & kept_rows, "the weights were trained"
+    again, edits = torchfile.open_model(made, task)
+    assert torchfile.state_digest(again.state_dict()) == torchfile.state_digest(model.state_dict())
+    assert torchfile.state_digest(again.state_dict()) == torchfile.state_digest(
+        torchfile.tensors_in(made.path, torchfile.header(made.path) or {})
+    )
+    assert sum(edit.get("parameter") == "0.weight" for edit in edits) == 3
+    twice = prune(at_rest(task, tmp_path), task, tmp_path / "twice", ratio=0.5, steps=3)
+    assert twice.path.read_bytes() == made.path.read_bytes()
+
+
+def test_steps_without_data_have_nothing_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(Unsuitable, match="no data to train on between the steps"):
+        pruned(task_of(small_cnn(), IMAGE), tmp_path, steps=3)
+
+
+def groups_for(widths: list[int]) -> list[Group]:
+    """A chain of linear layers of these widths."""
+    return [
+        Group(
+            str(at),
+            (str(at),),
+            (tuple((Slice(f"{at}.weight", 0, (k,)),) for k in range(width)),),
+        )
+        for at, width in enumerate(widths)
+    ]
+
+
+@given(
+    widths=st.lists(st.integers(2, 40), min_size=1, max_size=5),
+    ratio=st.floats(0.01, 0.99),
+    floor=st.floats(0, 1),
+    ranking=st.sampled_from(["global", "isomorphic"]),
+    kinds=st.lists(st.booleans(), min_size=5, max_size=5),
+    data=st.data(),
+)
+def test_no_ranking_goes_below_the_floor(
+    widths: list[int],
+    ratio: float,
+    floor: float,
+    ranking: str,
+    kinds: list[bool],
+    data: st.DataObject,
+) -> None:
+    groups = groups_for(widths)
+    model = nn.Sequential(*(nn.Linear(2, 2) if kind else nn.Conv1d(2, 2, 1) for kind in kinds))
+    level = st.floats(0, 1e6) | st.sampled_from([0.0, 1.0])
+    scores = [
+        (
+            torch.tensor(
+                data.draw(st.lists(level, min_size=group.width, max_size=group.width)),
+                dtype=torch.float64,
+            ),
+        )
+        for group in groups
+    ]
+    counts = RANKINGS[ranking](model, groups, ratio, floor, lambda _: scores)
+    for group, count in zip(groups, counts, strict=True):
+        assert least(group, floor) <= count <= group.width
+        assert count >= max(1, floor * group.width - 1e-9)
+
+
+@given(
+    widths=st.lists(st.integers(16, 64), min_size=1, max_size=4),
+    ratio=st.floats(0.05, 0.9),
+    seed=st.integers(0, 99),
+)
+def test_a_global_ranking_reaches_the_ratio(widths: list[int], ratio: float, seed: int) -> None:
+    groups = groups_for(widths)
+    generator = torch.Generator().manual_seed(seed)
+    scores = [(torch.rand(width, dtype=torch.float64, generator=generator),) for width in widths]
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in widths))
+    counts = RANKINGS["global"](model, groups, ratio, 0.0, lambda _: scores)
+    # Rounding moves a layer by at most a tenth of its width or one unit; one unit always stays.
+    slack = sum(max(0.1 * width, 1) for width in widths) + 1 + len(widths)
+    assert abs(sum(counts) - (1 - ratio) * sum(widths)) <= slack
+
+
+@pytest.mark.xfail(strict=True, reason="all units at the threshold go, not so many as are needed")
+@pytest.mark.parametrize("ranking", ["global", "isomorphic"])
+def test_units_that_are_all_alike_do_not_go_all_together(ranking: str) -> None:
+    groups = groups_for([64, 64])
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ones = [(torch.ones(64, dtype=torch.float64),)] * 2
+    assert sum(RANKINGS[ranking](model, groups, 0.5, 0.1, lambda _: ones)) >= 56
+
+
+def test_a_global_ranking_takes_from_the_layer_that_matters_least(tmp_path: Path) -> None:
+    groups = groups_for([32, 32])
+    low, high = torch.linspace(1, 2, 32).double(), torch.linspace(3, 4, 32).double()
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    counts = RANKINGS["global"](model, groups, 0.25, 0.1, lambda _: [(low,), (high,)])
+    assert counts == [16, 32]
+    counts = RANKINGS["isomorphic"](model, groups, 0.25, 0.1, lambda _: [(low,), (high,)])
+    assert counts == [16, 32]  # both are linear layers along their outputs: one family
+    mixed = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    counts = RANKINGS["isomorphic"](mixed, groups, 0.25, 0.1, lambda _: [(low,), (high,)])
+    assert counts == [24, 24]
 
 
 # --- the zoo
@@ -469,7 +637,7 @@ def zoo_task(name: str, shape: tuple[int, ...]) -> Task:
         ("cnn", IMAGE, 3, {"fc2"}),
         ("resnet20", (1, 16, 16), 12, {"fc"}),
         ("unet", IMAGE, 12, {"head"}),
-        ("vit", IMAGE, 2, {"head", "blocks.1.mlp.fc2", "blocks.0.attn.qkv", "blocks.1.attn.qkv"}),
+        ("vit", IMAGE, 4, {"head", "patch_embed"}),
         pytest.param("vgg16", (1, 32, 32), 13, {"45"}, marks=pytest.mark.slow),
         pytest.param("resnet56", (1, 16, 16), 30, {"fc"}, marks=pytest.mark.slow),
         pytest.param("resnet18", (1, 32, 32), 12, {"fc"}, marks=pytest.mark.slow),
@@ -489,16 +657,18 @@ def test_the_zoo(
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
-def test_recurrent_nets_are_left_alone(tmp_path: Path, name: str) -> None:
-    with pytest.raises(Unsuitable, match="rnn: feeds or is a recurrent layer, whose hidden units"):
-        pruned(zoo_task(name, (8, 8)), tmp_path)
+def test_recurrent_nets_lose_hidden_units(tmp_path: Path, name: str) -> None:
+    task = zoo_task(name, (8, 8))
+    model, facts, made = pruned(task, tmp_path)
+    assert "rnn" in facts["layers"]
+    check(task, model, made)
 
 
 @pytest.mark.slow
 def test_bad_groups_among_many_do_not_take_minutes(tmp_path: Path) -> None:
     """Halving: one unsound group among 37 is found in about 2 log2(37) attempts."""
 
-    class Shuffled(nn.Module):
+    class Swapped(nn.Module):
         def __init__(self, body: nn.Module) -> None:
             super().__init__()
             self.body = body
@@ -512,14 +682,13 @@ def test_bad_groups_among_many_do_not_take_minutes(tmp_path: Path) -> None:
             for name in ("layer1", "layer2", "layer3", "layer4"):
                 y = self.body.get_submodule(name)(y)
                 if name == "layer3":
-                    n, c, h, w = y.shape
-                    y = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+                    y = torch.cat(y.split([256, 768], 1)[::-1], 1)
             return self.body.get_submodule("fc")(y.mean((2, 3)))  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
     dense = zoo.build("resnet50", {"in_channels": 1, "classes": 10})
-    task = task_of(settled(Shuffled(dense), torch.rand(16, 1, 32, 32)), (1, 32, 32))
+    task = task_of(settled(Swapped(dense), torch.rand(16, 1, 32, 32)), (1, 32, 32))
     model, facts, made = pruned(task, tmp_path)
     assert len(facts["layers"]) >= 34
-    assert any("not equivalent" in why for why in facts["left_alone"].values())
+    assert any("does not run" in why for why in facts["left_alone"].values())
     check(task, model, made)

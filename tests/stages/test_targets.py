@@ -1,4 +1,4 @@
-"""Targets: predicted costs are those of the really cut model, and the search lands where it says."""
+"""Targets: predicted costs are those of the really cut model; the search lands where it says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from standing import at_rest, settled, small_cnn, splits_of, task_of
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ OTHERS = ["multihead attention", "vit, fused", "bert", "text", "convnext", "laye
         *broken(["tied", "tied head"], TIED),
     ],
 )
-@settings(max_examples=6, derandomize=True)
+@settings(max_examples=6, phases=[Phase.generate])
 @given(st.data())
 def test_predicted_parameters_are_those_of_the_cut_model(name: str, data: st.DataObject) -> None:
     model = judged(name)
@@ -183,7 +183,7 @@ def test_predicted_parameters_are_those_of_the_cut_model(name: str, data: st.Dat
         *broken(["subclass"], "a layer that pads in its own forward is seen before its padding"),
     ],
 )
-@settings(max_examples=6, derandomize=True)
+@settings(max_examples=6, phases=[Phase.generate])
 @given(st.data())
 def test_predicted_products_are_those_of_the_cut_model(name: str, data: st.DataObject) -> None:
     model = judged(name)
@@ -546,19 +546,6 @@ def test_counts_are_fractions_of_what_the_model_is_now(quantity: Quantity) -> No
     assert all(torch.equal(value, kept[key]) for key, value in now.state_dict().items())
 
 
-def test_size_is_that_of_the_exported_file(tmp_path: Path) -> None:
-    task = task_of(small_cnn(), SHAPE)
-    sound, edits = cut_of(task)
-    path = tmp_path / "cut.safetensors"
-    torchfile.write(path, apply(task.model(), edits), task.source, edits)
-    small = export(Artifact.of(path, "torch"), task, tmp_path / "cut")
-    whole = export(at_rest(task, tmp_path), task, tmp_path / "whole")
-    with real_of("size", sound.dense, (), task, "fp32") as real:
-        found = real(edits)
-    assert 0 < found < 1
-    assert found == small.size_bytes / whole.size_bytes
-
-
 def data(count: int = 60) -> Splits:
     rng = np.random.default_rng(0)
     x: Array = rng.normal(size=(count, *SHAPE)).astype(np.float32)
@@ -607,7 +594,9 @@ def test_the_stage_lands_on_its_target(
     name: str, quantity: Quantity, goal: float, tmp_path: Path
 ) -> None:
     task = TASKS[name]()
-    model, facts, artifact = made(task, tmp_path, **{quantity: goal})
+    # Every look at a size is an export: few rungs are enough.
+    floor = 0.45 if quantity == "size" else 0.1
+    model, facts, artifact = made(task, tmp_path, **{quantity: goal}, floor=floor)
     reached = facts[f"{quantity}_reached"]
     assert facts["unreached"] is None
     assert facts["asked"] == goal
@@ -620,6 +609,9 @@ def test_the_stage_lands_on_its_target(
     elif quantity == "macs":
         whole = counting.macs(task.model(), task.examples(1))
         assert reached == counting.macs(model, task.examples(1)) / whole
+    else:
+        had = export(at_rest(task, tmp_path), task, tmp_path / "had").size_bytes
+        assert reached == export(artifact, task, tmp_path / "has").size_bytes / had
     assert artifact.steps[-1]["settings"][quantity] == goal
 
 
@@ -659,8 +651,8 @@ class Unread(nn.Module):
         "subclass",
         "split",
         *broken(["tied", "tied head"], TIED),
-        *broken(["csp"], "both halves must lose equally many, which only the lowest state was"),
-        *broken(["attention, unread"], "two groups of one name: the counts of one go to the other"),
+        "attention, unread",
+        *broken(["csp"], "only the lowest state is proven, where both halves lose equally many"),
     ],
 )
 def test_what_is_said_is_what_the_model_costs(

@@ -22,7 +22,7 @@ from compressor.loading.edits import apply
 from compressor.stages import prune
 from compressor.stages.prune.cutting import edits_of
 from compressor.stages.prune.group import Cut, Group
-from compressor.stages.prune.groups import OUTPUT, TIED, UNREAD, WHOLE, groups_of
+from compressor.stages.prune.groups import OUTPUT, TIED, UNREAD, groups_of
 from compressor.stages.prune.tracing import traced
 
 Places = dict[tuple[str, int], tuple[int, ...]]
@@ -87,7 +87,9 @@ def test_concatenation_shifts_positions() -> None:
 
 def test_concatenation_with_itself() -> None:
     model = Model(
-        lambda m, x: m.c(torch.cat([m.a(x), m.a(x).relu()], 1)), a=nn.Linear(4, 3), c=nn.Linear(6, 2)
+        lambda m, x: m.c(torch.cat([m.a(x), m.a(x).relu()], 1)),
+        a=nn.Linear(4, 3),
+        c=nn.Linear(6, 2),
     )
     assert units(model, 4) == {"a": [row("a", k) | column("c", k, 3 + k) for k in range(3)]}
 
@@ -109,7 +111,7 @@ def test_halves_that_are_read_apart_are_units_apart() -> None:
         return m.p(a) + m.q(b)
 
     groups, _ = found(Model(forward, a=nn.Linear(4, 6), p=nn.Linear(3, 2), q=nn.Linear(3, 2)), 4)
-    assert [group.root for group in groups] == ["a", "a"]
+    assert [group.root for group in groups] == ["a", "a (2)"]
     halves = [
         [{(part.parameter, part.dim): part.at for part in unit} for unit in group.strands[0]]
         for group in groups
@@ -191,9 +193,7 @@ def test_a_transposed_convolution_has_its_axes_the_other_way() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ConvTranspose2d(3, 4, 2), nn.Conv2d(4, 2, 1))
     assert units(model, 1, 2, 2) == {
         "0": [row("0", k) | {("1.weight", 0): (k,)} for k in range(3)],
-        "1": [
-            {("1.weight", 1): (k,), ("1.bias", 0): (k,)} | column("2", k) for k in range(4)
-        ],
+        "1": [{("1.weight", 1): (k,), ("1.bias", 0): (k,)} | column("2", k) for k in range(4)],
     }
 
 
@@ -284,7 +284,6 @@ def test_an_output_that_is_also_a_feature_stays_whole() -> None:
         nn.RMSNorm(6),
         nn.GroupNorm(1, 6),
         nn.GLU(1),
-        nn.LocalResponseNorm(2),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -340,14 +339,15 @@ def test_twice_finds_the_same() -> None:
 def test_a_model_that_does_not_run_with_nan_is_one_line(tmp_path: Path) -> None:
     def forward(m: Any, x: Tensor) -> Any:
         x = m.a(x)
-        assert not x.isnan().any(), "no NaN\nhere"
+        if x.isnan().any():
+            raise ValueError("no NaN\nhere")
         return m.b(x)
 
     model = Model(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     with pytest.raises(StageError) as caught:
         found(model, 4)
     assert str(caught.value) == (
-        "the model's channels cannot be followed (AssertionError: no NaN here)"
+        "the model's channels cannot be followed (ValueError: no NaN here)"
     )
     assert not isinstance(caught.value, Unsuitable)
 

@@ -18,6 +18,7 @@ from compressor.loading import torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.measure.costs import Dtype
 from compressor.stages.distill import recover
+from compressor.stages.mask import held
 from compressor.stages.prune.criteria import NEED_DATA, scored
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.proof import masked_copy
@@ -120,7 +121,7 @@ def prune(
         for group in groups:
             if goals.get(group.root) == group.width:
                 left[group.root] = _untouched(quantity, amount, group)
-        taken = _taken(sound, task, goals, criterion, steps, epochs, left)
+        taken = _taken(sound, artifact, task, goals, criterion, steps, epochs, left)
     if not taken.layers:
         reasons = "; ".join(f"{layer}: {why}" for layer, why in list(left.items())[:3])
         raise Unsuitable(f"nothing could be pruned ({reasons or 'no layer with channels to cut'})")
@@ -273,6 +274,7 @@ class _Taken(NamedTuple):
 
 def _taken(
     sound: Sound,
+    artifact: Torch,
     task: Task,
     goals: Mapping[str, int],
     criterion: str,
@@ -287,7 +289,8 @@ def _taken(
     widths = {group.root: group.width for group in sound.groups}
     for step in range(1, steps + 1):
         if step > 1:
-            recover(model, task, epochs=epochs)
+            with held(model, artifact):
+                recover(model, task, epochs=epochs)
             sound = Sound(model, task, sound.attention)
         groups = [
             group for group in sound.groups if goals.get(group.root, group.width) < group.width

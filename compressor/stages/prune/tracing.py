@@ -277,8 +277,23 @@ def traced(dense: nn.Module, examples: Inputs) -> Trace:
         return _traced(_dye(dense, examples))
     except Exception as error:
         raise StageError(
-            f"the model's channels cannot be followed ({type(error).__name__}: {one_line(error)})"
+            f"channels cannot be followed through {_stopped(error) or 'the model'} "
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
+
+
+def _stopped(error: Exception) -> str:
+    """The name of the innermost layer in which a pass stopped."""
+    names: Mapping[nn.Module, str] = {}
+    name, trace = "", error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, Dye):
+            names = owner.names
+        elif isinstance(owner, nn.Module):
+            name = names.get(owner) or name
+        trace = trace.tb_next
+    return name
 
 
 def _dye(dense: nn.Module, examples: Inputs) -> Dye:
