@@ -273,7 +273,7 @@ def compared(
     return {
         "points": {key: 100 * value for key, value in accuracy.items()},
         "by_seed": [100 * value for value in apart],
-        "equal": -EQUAL <= accuracy["low"] and accuracy["high"] <= EQUAL,
+        "equal": accuracy["low"] >= -EQUAL and accuracy["high"] <= EQUAL,
         "speedup": faster,
         "verdict": verdict(faster["low"], faster["high"], floor),
         # 1 - 1 / x turns the interval around only once: more speed is more saved.

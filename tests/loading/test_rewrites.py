@@ -284,7 +284,7 @@ def test_a_view_to_a_constant_follows_the_channels(way: str) -> None:
     assert torch.equal(small(x), dense(x)), "it computes the same before anything is cut"
     apply(small, narrow)
     with torch.no_grad():
-        dense.conv.weight[1], dense.conv.bias[1] = 0, 0
+        dense.get_parameter("conv.weight")[1], dense.get_parameter("conv.bias")[1] = 0, 0
     for size in (1, 2, 5):
         torch.testing.assert_close(small(x[:size]), dense(x[:size]))
 
@@ -316,7 +316,7 @@ def test_a_rewritten_model_can_be_copied() -> None:
     x = torch.randn(2, 1, 2, 2)
     assert torch.equal(other(x), model(x))
     with torch.no_grad():
-        other.fc.bias += 1
+        other.get_parameter("fc.bias").add_(1)
     assert not torch.equal(other(x), model(x)), "the copy's forward must read the copy's weights"
 
 

@@ -336,7 +336,7 @@ def test_twice_finds_the_same() -> None:
     assert found(model, 3, 8, 8) == found(model, 3, 8, 8)
 
 
-def test_a_model_that_does_not_run_with_nan_is_one_line(tmp_path: Path) -> None:
+def test_a_model_that_does_not_run_with_nan_is_one_line() -> None:
     def forward(m: Any, x: Tensor) -> Any:
         x = m.a(x)
         if x.isnan().any():
@@ -346,9 +346,8 @@ def test_a_model_that_does_not_run_with_nan_is_one_line(tmp_path: Path) -> None:
     model = Model(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     with pytest.raises(StageError) as caught:
         found(model, 4)
-    assert str(caught.value) == (
-        "the model's channels cannot be followed (ValueError: no NaN here)"
-    )
+    assert "channels cannot be followed" in str(caught.value)
+    assert str(caught.value).endswith("(ValueError: no NaN here)")
     assert not isinstance(caught.value, Unsuitable)
 
 
