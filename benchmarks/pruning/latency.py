@@ -47,8 +47,8 @@ EQUAL = 0.003
 class Study(NamedTuple):
     """A model's data, epochs of the dense model and of recovery, and the ratios it is cut at.
 
-    Few epochs, so that five seeds are affordable on two cores. MobileNetV2 needs all of its eight:
-    the statistics of its BatchNorms settle late, and after three its accuracy was still chance.
+    Few epochs, so that five seeds are affordable on two cores. MobileNetV2 has the zoo's eight: the
+    statistics of its BatchNorms settle late, and after three its accuracy was still chance.
     """
 
     data: str
@@ -297,7 +297,7 @@ def shown(found: dict[str, Any]) -> str:
     ]
     rivals = [
         [
-            f"equal {what}",
+            f"nearest {what}",
             f"{row['ratio']:g}",
             peers.interval(row["points"], "+.2f"),
             "yes" if row["equal"] else "no",

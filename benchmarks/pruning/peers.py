@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shlex
 import sys
@@ -157,8 +158,12 @@ def matched(task: Task, goal: int) -> tuple[nn.Module, float]:
     return cut(task.model(), examples, nearest), nearest
 
 
+@functools.cache
 def code() -> str:
-    """A digest of the stages: what they made is made again when they have changed."""
+    """A digest of the stages: what they made is made again when they have changed.
+
+    Taken once: what a process has imported stays, whatever happens to the files.
+    """
     folder = Path(compressor.__file__).parent / "stages"
     return digest(*sorted(folder.rglob("*.py")))[:16]
 

@@ -170,6 +170,10 @@ def _attention(model: nn.Module, module: nn.Module, edit: Any) -> None:
     if not suits(module):
         raise ValueError("not an attention layer that can be rewritten")
     model.set_submodule(edit["module"], Attention(module))  # type: ignore[arg-type]
+    for name, owner in model.named_modules():
+        if isinstance(owner, nn.TransformerEncoder) and edit["module"].startswith(f"{name}."):
+            # Padded examples would come as nested tensors, which only the original takes.
+            owner.enable_nested_tensor = owner.use_nested_tensor = False
 
 
 REWRITES: dict[str, Callable[[nn.Module, nn.Module, Any], None]] = {

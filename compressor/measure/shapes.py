@@ -70,7 +70,7 @@ class Layer:
         """Multiply-accumulates per example, as :func:`compressor.measure.counting.macs` counts."""
         match self.op:
             case "conv":
-                once = math.prod(self._positions()) * self._weights()
+                once = math.prod(self.positions()) * self._weights()
             case "deconv":
                 once = math.prod(self.size) * self._weights()
             case "linear":
@@ -88,7 +88,8 @@ class Layer:
     def _weights(self) -> int:
         return self.inputs * self.outputs // self.groups * math.prod(self.kernel)
 
-    def _positions(self) -> Iterator[int]:
+    def positions(self) -> Iterator[int]:
+        """Spatial size of a convolution's output."""
         axes = len(self.size)
         for axis, size in enumerate(self.size):
             padded = size + self.padding[axis] + self.padding[axes + axis]
@@ -133,14 +134,18 @@ def layers_of(model: nn.Module, examples: Inputs) -> dict[str, list[Layer]]:
     """
     found: dict[str, list[Layer]] = {}
 
-    def note(name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.setdefault(name, []).extend(_layers(module, given, named))
+    def note(
+        name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        found.setdefault(name, []).extend(
+            _padded(layer, output) for layer in _layers(module, given, named)
+        )
 
     with ExitStack() as stack:
         stack.enter_context(_slow_path())
         for name, module in model.named_modules():
             if isinstance(module, _HEAVY):
-                hook = module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+                hook = module.register_forward_hook(partial(note, name), with_kwargs=True)
                 stack.callback(hook.remove)
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # of the user's model, again
         stack.enter_context(torch.no_grad())
@@ -177,6 +182,25 @@ def _layers(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) ->
         case _:
             assert isinstance(module, (*_CONVS, *_DECONVS))
             return [_convolution(module, x)]
+
+
+def _padded(layer: Layer, output: Any) -> Layer:
+    """A convolution that pads its input in its own code, with the padding that its output shows."""
+    if layer.op != "conv":
+        return layer
+    axes = len(layer.size)
+    shown = tuple(output.shape[-axes:])
+    if tuple(layer.positions()) == shown:
+        return layer
+    padding = [
+        max(0, (count - 1) * stride + dilation * (kernel - 1) + 1 - size)
+        for count, stride, dilation, kernel, size in zip(
+            shown, layer.stride, layer.dilation, layer.kernel, layer.size, strict=True
+        )
+    ]
+    begins = tuple(whole // 2 for whole in padding)
+    ends = tuple(whole - begin for whole, begin in zip(padding, begins, strict=True))
+    return replace(layer, padding=(*begins, *ends))
 
 
 def _convolution(module: Any, x: Tensor) -> Layer:

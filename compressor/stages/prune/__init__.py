@@ -22,20 +22,11 @@ from compressor.stages.mask import held
 from compressor.stages.prune.criteria import NEED_DATA, scored
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.proof import masked_copy
-from compressor.stages.prune.ranking import RANKINGS, chosen, least
-from compressor.stages.prune.rounding import ladder
+from compressor.stages.prune.ranking import RANKINGS, chosen
+from compressor.stages.prune.search import Search, searched
 from compressor.stages.prune.sensitivity import Curve, curves
 from compressor.stages.prune.sound import Sound
-from compressor.stages.prune.targets import (
-    QUANTITIES,
-    Costs,
-    Quantity,
-    closer,
-    land,
-    price_of,
-    real_of,
-    walk,
-)
+from compressor.stages.prune.targets import QUANTITIES, Quantity
 from compressor.stages.threads import one_thread
 from compressor.task import Task
 
@@ -115,8 +106,8 @@ def prune(
             )
             goals = dict(zip((group.root for group in groups), counts, strict=True))
         else:
-            search = _Search(cast("Quantity", quantity), amount, dtype, criterion, floor)
-            goals, seen = search.goals(sound, groups, before, task, left)
+            what = Search(cast("Quantity", quantity), amount, dtype, criterion, floor)
+            goals, seen = searched(what, sound, groups, before, task, left)
             facts |= seen
         for group in groups:
             if goals.get(group.root) == group.width:
@@ -138,8 +129,10 @@ def prune(
         "epochs": epochs,
     }
     if quantity == "latency":
+        settings["dtype"] = dtype
+    if quantity == "latency" or widths is not None:
         # What was measured decided: a replay takes the decision, not another measurement.
-        settings |= {"dtype": dtype, "widths": {root: goals[root] for root in sorted(goals)}}
+        settings["widths"] = {root: goals[root] for root in sorted(goals)}
     had, has = (sum(pair[at] for pair in taken.layers.values()) for at in (0, 1))
     return artifact.then(
         path,
@@ -197,70 +190,6 @@ def _untouched(quantity: str, amount: float, group: Group) -> str:
     if quantity == "ratio":
         return f"{amount:g} of {group.width} {group.kind} rounds to none"
     return f"cutting it would cost more than it saves on the way to {quantity}={amount:g}"
-
-
-class _Search(NamedTuple):
-    """A target that is not a ratio, and what decides on the way to it."""
-
-    quantity: Quantity
-    amount: float
-    dtype: Dtype
-    criterion: str
-    floor: float
-
-    def goals(
-        self,
-        sound: Sound,
-        groups: Sequence[Group],
-        before: Sequence[Edit],
-        task: Task,
-        left: dict[str, str],
-    ) -> tuple[dict[str, int], dict[str, Any]]:
-        """Units that each group keeps, and what the search saw."""
-        scores = scored(sound.model, groups, task, self.criterion)
-        lowest = [ladder(group.width, least(group, self.floor), group.each)[-1] for group in groups]
-        trial = [
-            chosen(group, each, count)
-            for group, each, count in zip(groups, scores, lowest, strict=True)
-            if count < group.width
-        ]
-        # Only what can be cut at all may be searched for.
-        holding = {id(cut.group) for cut in sound.most(trial, left).cuts}
-        able = [at for at, group in enumerate(groups) if id(group) in holding]
-        groups, scores = [groups[at] for at in able], [scores[at] for at in able]
-        if not groups:
-            return {}, {}
-        damage = curves(sound.model, groups, scores, task)
-        with (
-            price_of(self.quantity, task, self.dtype) as price,
-            real_of(self.quantity, sound.dense, before, task, self.dtype) as real,
-        ):
-            exact = self.quantity != "latency"
-            costs = Costs(sound.model, groups, task, price)
-            way = walk(costs, damage, self.floor, self.amount)
-
-            def cost(counts: Sequence[int]) -> float:
-                cuts = [
-                    chosen(group, each, count)
-                    for group, each, count in zip(groups, scores, counts, strict=True)
-                    if count < group.width
-                ]
-                return real(sound.edits(cuts))
-
-            found = land(way, cost, self.amount, exact=exact)
-            if exact and not found.unreached:
-                nearer = closer(costs, way.before(found.counts), self.floor, self.amount)
-                if nearer and found.reached < (share := cost(nearer)) <= self.amount:
-                    found = found._replace(counts=nearer, reached=share)
-        goals = dict(zip((group.root for group in groups), found.counts, strict=True))
-        unreached = (
-            f"{self.quantity}={self.amount:g}: {found.unreached}" if found.unreached else None
-        )
-        return goals, {
-            f"{self.quantity}_reached": found.reached,
-            "tried": [list(pair) for pair in found.tried],
-            "unreached": unreached,
-        }
 
 
 class _Taken(NamedTuple):

@@ -61,10 +61,11 @@ def units(cut: Cut) -> Iterator[Unit]:
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:
     """The shape of every parameter and buffer, by name."""
-    return {
-        name: list(tensor.shape)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
+    everything = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {name: list(tensor.shape) for name, tensor in everything}
 
 
 def _set(module: str, name: str, value: int) -> dict[str, Any]:

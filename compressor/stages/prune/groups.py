@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -106,16 +105,15 @@ class _Builder:
                 continue
             groups.append(self._group(root, units))
         groups += self._cells()
-        groups = _distinct(groups)
         for group in groups:
             left.pop(group.root, None)
         return groups, left
 
     def _group(self, root: int, strands: tuple[tuple[Unit, ...], ...]) -> Group:
         name = self._name(root)
-        layers = {part.parameter.rpartition(".")[0] for part in strands[0][0]}
+        layers = {part.parameter.rpartition(".")[0] for strand in strands for part in strand[0]}
         source = self.trace.sources[root]
-        first, dim = _first_made(self.dense, source)
+        first, dim, size = _first_made(self.dense, source)
         at = next(
             (part.at for part in strands[0][0] if part.parameter == first and part.dim == dim), ()
         )
@@ -131,7 +129,8 @@ class _Builder:
             tuple(sorted(layers)),
             strands,
             kind=kind,  # type: ignore[arg-type]
-            each=1 if kind == "hidden units" else max(1, len(at)),
+            # A tensor with an axis for one group of a convolution stands for as many channels.
+            each=1 if kind == "hidden units" else max(1, len(at) * source.width // size),
             writes=next((tuple(w) for u in strands[0] if (w := self.bare.get(u[0]))), ()),
         )
 
@@ -284,25 +283,16 @@ class _Builder:
         return WHOLE
 
 
-def _distinct(groups: Sequence[Group]) -> list[Group]:
-    """The groups with roots that name them: two halves of one layer that go different ways are
-    ``conv`` and ``conv (2)``."""
-    seen: dict[str, int] = defaultdict(int)
-    found = []
-    for group in groups:
-        seen[group.root] += 1
-        number = f" ({seen[group.root]})" if seen[group.root] > 1 else ""
-        found.append(replace(group, root=group.root + number))
-    return found
-
-
-def _first_made(dense: nn.Module, source: Source) -> tuple[str, int]:
-    """The tensor and axis on which the channels of a source are counted."""
+def _first_made(dense: nn.Module, source: Source) -> tuple[str, int, int]:
+    """The tensor, axis and its size on which the channels of a source are counted."""
     if source.dim is not None:
-        return source.name, source.dim
-    kind = kind_of(dense.get_submodule(source.name))
-    tensor, dim = kind.makes[0] if kind and kind.makes else ("", 0)
-    return f"{source.name}.{tensor}", dim
+        return source.name, source.dim, source.width
+    module = dense.get_submodule(source.name)
+    kind = kind_of(module)
+    if kind is None or not kind.makes:
+        return source.name, 0, source.width
+    tensor, dim = kind.makes[0]
+    return f"{source.name}.{tensor}", dim, getattr(module, tensor).shape[dim]
 
 
 def _tied(model: nn.Module) -> set[nn.Module]:

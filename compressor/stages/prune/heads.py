@@ -70,7 +70,7 @@ def dimensions(dense: nn.Module, group: Group, holds: Holds) -> Group | None:
                     group,
                     strands=strands,
                     kind="head dimensions",
-                    each=group.width,
+                    each=group.width * group.each // size,
                     writes=writes,
                     scales=scales,
                 )

@@ -62,8 +62,9 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """The entry of ``layer``; ``None`` for a layer that is not in the table or is parametrised."""
-    if nn.utils.parametrize.is_parametrized(layer):
+    """The entry of ``layer``; ``None`` for a layer that is not in the table, and for one whose
+    weights are computed from others or rescaled as they are read."""
+    if nn.utils.parametrize.is_parametrized(layer) or getattr(layer, "max_norm", None) is not None:
         return None
     return next((kind for known, kind in KINDS.items() if isinstance(layer, known)), None)
 

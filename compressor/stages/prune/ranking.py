@@ -42,7 +42,7 @@ def overall(
 
     No group keeps less than :func:`least` of its units; what that saves, others lose.
     """
-    return _thresholded(groups, score(groups), ratio, floor)
+    return _lowest(groups, score(groups), ratio, floor)
 
 
 def isomorphic(
@@ -59,7 +59,7 @@ def isomorphic(
         families[_structure(model, group)].append(at)
     counts = [0] * len(groups)
     for members in families.values():
-        found = _thresholded(
+        found = _lowest(
             [groups[at] for at in members], [scores[at] for at in members], ratio, floor
         )
         for at, count in zip(members, found, strict=True):
@@ -67,26 +67,22 @@ def isomorphic(
     return counts
 
 
-def _thresholded(groups: Sequence[Group], scores: Scores, ratio: float, floor: float) -> list[int]:
-    levels = [torch.stack(list(strands)).mean(0) for strands in scores]
-    goal = round(ratio * sum(group.width for group in groups))
-
-    def counts_above(threshold: float) -> list[int]:
-        return [
-            max(least(group, floor), int((level > threshold).sum()))
-            for group, level in zip(groups, levels, strict=True)
-        ]
-
-    # The lowest threshold under which enough units lie, by halving.
-    every = torch.cat(levels).sort().values.tolist()
-    low, high = 0, len(every) - 1
-    while low < high:
-        middle = (low + high) // 2
-        gone = sum(group.width for group in groups) - sum(counts_above(every[middle]))
-        low, high = (low, middle) if gone >= goal else (middle + 1, high)
+def _lowest(groups: Sequence[Group], scores: Scores, ratio: float, floor: float) -> list[int]:
+    """Units kept when the lowest go one after the other; of equals, each group gives in turn."""
+    order = []
+    for at, strands in enumerate(scores):
+        # Each strand gives its lowest: the n-th go together.
+        level = torch.stack([strand.sort().values for strand in strands]).mean(0).tolist()
+        order += [(value, rank / len(level), at) for rank, value in enumerate(level)]
+    counts = [group.width for group in groups]
+    going = round(ratio * sum(counts))
+    for _, _, at in sorted(order):
+        if going and counts[at] > least(groups[at], floor):
+            counts[at] -= 1
+            going -= 1
     return [
         max(least(group, floor), kept(group.width, 1 - count / group.width, group.each))
-        for group, count in zip(groups, counts_above(every[low]), strict=True)
+        for group, count in zip(groups, counts, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.loading.task import first
+from compressor.loading.task import tensors
 from compressor.measure.counting import macs
 from compressor.metrics import METRICS
 from compressor.stages.losses import LOSSES
@@ -30,12 +30,17 @@ FEWEST, MOST = 32, 512
 """Examples of the calibration split for each point."""
 
 
+WORST = 1e6
+"""What a loss that is not finite counts."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """What is lost when a share of one group's units is zeroed, all else whole.
 
-    ``loss`` is the rise of the label loss, or without data the squared change of the output over
-    its variance; ``metric`` the task's metric (NaN without data). Both start at share 0.
+    ``loss`` is the rise of the label loss, plus the squared change of outputs that labels do not
+    judge (without data: of all) over their variance; ``metric`` the task's metric (NaN without
+    data). Both start at share 0.
     """
 
     root: str
@@ -45,7 +50,9 @@ class Curve:
 
     def damage(self, share: float) -> float:
         """``loss`` between the points: straight lines, never falling, on to twice the last."""
-        level = np.maximum.accumulate(np.maximum(self.loss, 0))
+        # A loss that is no number is as bad as can be.
+        loss = np.nan_to_num(self.loss, nan=WORST, posinf=WORST, neginf=0.0)
+        level = np.maximum.accumulate(np.clip(loss, 0, WORST))
         shares, level = np.append(self.shares, 1.0), np.append(level, 2 * level[-1])
         # A hair for every channel: where nothing hurts, less is cut first where more is left.
         return float(np.interp(share, shares, level)) + 1e-6 * share
@@ -57,6 +64,7 @@ def curves(model: nn.Module, groups: Sequence[Group], scores: Scores, task: Task
     Units go in the order of ``scores``. ``model`` has the tensors that groups name and is left as
     it was.
     """
+    model = copy.deepcopy(model).eval()
     work = max(1, macs(model, task.examples(1))) * (len(groups) * len(SHARES) + 1)
     count = int(np.clip(WORK / work, FEWEST, MOST))
     inputs: Inputs
@@ -65,7 +73,6 @@ def curves(model: nn.Module, groups: Sequence[Group], scores: Scores, task: Task
         inputs = task.examples(FEWEST)
     else:
         inputs, targets = task.splits.calibrate.head(count)
-    model = copy.deepcopy(model).eval()
     with torch.inference_mode():
         whole = _outputs(model, inputs)
         found = []
@@ -85,21 +92,27 @@ def _left(group: Group, share: float) -> int:
     return max(1, round(group.width * (1 - share)))
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All outputs, each of all examples."""
     parts = []
     for at in range(0, len(inputs[0]), 32):
-        parts.append(first(model(*(torch.from_numpy(part[at : at + 32]) for part in inputs))))
-    return torch.cat(parts)
+        parts.append(tensors(model(*(torch.from_numpy(part[at : at + 32]) for part in inputs))))
+    return [torch.cat(batches) for batches in zip(*parts, strict=True)]
 
 
 def _judged(
-    task: Task, outputs: Tensor, whole: Tensor, targets: Array | None
+    task: Task, outputs: Sequence[Tensor], whole: Sequence[Tensor], targets: Array | None
 ) -> tuple[float, float]:
+    changes = [
+        float((ours - theirs).square().mean() / theirs.var().clamp_min(1e-12))
+        for ours, theirs in zip(outputs, whole, strict=True)
+    ]
     if targets is None:
-        return float((outputs - whole).square().mean() / whole.var().clamp_min(1e-12)), float("nan")
-    loss = float(LOSSES[task.kind].labels(outputs, torch.from_numpy(targets)))
-    score = METRICS[task.kind][task.metric].score(outputs.numpy(), targets)
-    return loss, float(score.mean())
+        return sum(changes), float("nan")
+    # Labels judge the first output; what others say must not change either.
+    loss = float(LOSSES[task.kind].labels(outputs[0], torch.from_numpy(targets)))
+    score = METRICS[task.kind][task.metric].score(outputs[0].numpy(), targets)
+    return loss + sum(changes[1:]), float(score.mean())
 
 
 @contextmanager

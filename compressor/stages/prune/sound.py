@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -36,6 +37,22 @@ class Proven(NamedTuple):
     difference: float
 
 
+def _one(group: Group) -> Cut:
+    """The cut of a group's first units."""
+    return Cut(group, tuple((0,) for _ in group.strands))
+
+
+def _distinct(groups: Sequence[Group]) -> list[Group]:
+    """The groups with roots that name them: parts of one layer are ``conv`` and ``conv (2)``."""
+    seen: dict[str, int] = defaultdict(int)
+    found = []
+    for group in groups:
+        seen[group.root] += 1
+        number = f" ({seen[group.root]})" if seen[group.root] > 1 else ""
+        found.append(replace(group, root=group.root + number))
+    return found
+
+
 class Sound:
     """A dense model, its groups, and the judge of cuts of them.
 
@@ -60,7 +77,7 @@ class Sound:
         found, left = groups_of(self.model, task.examples(2))
         self.left = left
         self.groups: list[Group] = []
-        for group in found:
+        for group in self._joined(found):
             settled: Group | None = group
             if group.kind == "heads":
                 settled = ATTENTION[attention](self.model, group, self.holds)
@@ -70,6 +87,33 @@ class Sound:
                 self.left[group.root] = WHY[attention]
             else:
                 self.groups.append(replace(settled, root=group.root))
+        self.groups = _distinct(self.groups)
+
+    def _joined(self, found: Sequence[Group]) -> list[Group]:
+        """The parts of one layer that go different ways, as one group where they have to lose
+        equally many: code that halves what it is given finds its halves in the middle."""
+        parts: dict[str, list[Group]] = defaultdict(list)
+        for group in found:
+            parts[group.root].append(group)
+        joined: list[Group] = []
+        for together in parts.values():
+            first = together[0]
+            strands = tuple(strand for group in together for strand in group.strands)
+            alike = len({(group.width, group.each) for group in together}) == 1
+            if len(together) > 1 and alike and not self.holds(_one(first)):
+                layers = {layer for group in together for layer in group.layers}
+                writes = tuple(write for group in together for write in group.writes)
+                whole = replace(
+                    first,
+                    layers=tuple(sorted(layers)),
+                    strands=strands,
+                    each=sum(group.each * len(group.strands) for group in together),
+                    writes=writes,
+                )
+                if self.holds(_one(whole)):
+                    together = [whole]
+            joined += together
+        return joined
 
     def _known(self, root: str) -> str:
         """The name of a layer in the model as it was given."""

@@ -54,7 +54,10 @@ NEAR = 0.05
 """A latency this near to the target, relative to it, is there."""
 
 TRIES = 5
-"""Models that are exported and measured before the nearest is taken."""
+"""Models that are exported and measured on the way to a target ..."""
+
+MOST = 9
+"""... and where none of them is near, with the neighbours of the nearest."""
 
 BEYOND = 0.6
 """Of the goal: how far below it, by prediction, a walk goes."""
@@ -86,7 +89,8 @@ class Costs:
         self._layers = layers_of(model, task.examples(1))
         self._modules = dict(model.named_modules())
         self._dense = shapes_of(model)
-        self._parameters = {name for name, _ in model.named_parameters()}
+        # A tied parameter counts where it stands first.
+        self._counted = {name for name, _ in model.named_parameters()}
         # What one unit of each group takes from each axis of each tensor.
         self._each: list[dict[tuple[str, int], int]] = []
         self._owners: dict[str, list[int]] = defaultdict(list)
@@ -146,6 +150,7 @@ class Costs:
         return sum(
             math.prod(self.shape(name, tensor, counts))
             for tensor, _ in self._modules[name].named_parameters(recurse=False)
+            if (f"{name}.{tensor}" if name else tensor) in self._counted
         )
 
     def whole(self, counts: Counts) -> float:
@@ -299,14 +304,16 @@ def land(way: Walk, real: Callable[[Counts], float], goal: float, *, exact: bool
             if at in seen or abs(look(at) - goal) <= NEAR * goal / 2:
                 break
         found = _nearest(seen, goal)
-        if abs(seen[found] - goal) > NEAR * goal:
-            for neighbour in (found - 1, found + 1):
-                if 0 <= neighbour <= last:
-                    look(neighbour)
+        while abs(seen[found] - goal) > NEAR * goal and len(seen) <= MOST:
+            beside = [at for at in (found - 1, found + 1) if 0 < at <= last and at not in seen]
+            if not beside:
+                break
+            for at in beside:
+                look(at)
             found = _nearest(seen, goal)
     tried = [(way.predicted[at], seen[at]) for at in sorted(seen)]
     unreached = ""
-    if found == last and seen[found] > goal * (1 if exact else 1 + NEAR):
+    if min(seen.values()) > goal * (1 if exact else 1 + NEAR):
         unreached = f"{seen[found]:.3f} of the original is the least that was reached"
     return Landing(way.states[found], seen[found], tried, unreached)
 
@@ -336,7 +343,8 @@ def closer(costs: Costs, above: Counts, floor: float, goal: float) -> Counts | N
 
 
 def _nearest(seen: dict[int, float], goal: float) -> int:
-    return min(seen, key=lambda at: abs(seen[at] - goal))
+    """Of the states that were looked at, the dense one only where there is no other."""
+    return min((at for at in seen if at or len(seen) == 1), key=lambda at: abs(seen[at] - goal))
 
 
 def _likely(way: Walk, seen: dict[int, float], at: int) -> float:

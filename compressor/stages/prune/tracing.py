@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import PackedSequence
 from compressor.errors import StageError, one_line
 from compressor.loading.task import tensors
 from compressor.stages.prune import recurrent
-from compressor.stages.prune.layers import Kind, channel_axis, depthwise, kind_of
+from compressor.stages.prune.layers import Axis, Kind, channel_axis, depthwise, kind_of
 from compressor.task import Inputs
 
 ONE_BY_ONE = 1024
@@ -226,24 +226,36 @@ class Dye:
 
 
 def _additive(module: nn.Module, kind: Kind, forward: Any, given: Any) -> bool:
-    """Whether an input channel of zeros and weights of zeros for that channel are the same.
+    """Whether zeros in a channel's weights do what zeros in the channel do, and nothing else.
 
-    They are not where a subclass standardises its weights over the inputs: what is left of a cut
-    weight would be scaled anew, in the masked model of the proof as well, which would not notice.
+    They do not where a subclass normalises its weights: what is left of a cut weight would be
+    scaled anew, in the masked model of the proof as well, which would not notice.
     """
     if not kind.reads or type(module).forward.__module__.startswith("torch.nn."):
         return True
-    tensor, dim = kind.reads[0]
-    weight = getattr(module, tensor)
-    apart = weight.shape[dim]  # of a grouped convolution this is one group's channels
-    axis = channel_axis(module, kind, given.ndim)
-    channels = torch.arange(0, given.shape[axis], apart)
-    wanted = forward(given.index_fill(axis, channels, 0))
-    whole = weight.detach().clone()
-    weight.data.index_fill_(dim, torch.tensor([0]), 0)
-    got = forward(given)
-    weight.data.copy_(whole)
-    return torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * (1 + float(wanted.abs().max())))
+
+    def cleared(tensor: torch.Tensor, axes: tuple[Axis, ...]) -> torch.Tensor:
+        name, dim = axes[0]
+        # Of a grouped convolution an axis may hold one group's channels.
+        apart = getattr(module, name).shape[dim]
+        axis = channel_axis(module, kind, tensor.ndim)
+        return tensor.index_fill(axis, torch.arange(0, tensor.shape[axis], apart), 0)
+
+    def without(axes: tuple[Axis, ...]) -> torch.Tensor:
+        clean = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+        for tensor, dim in axes:
+            if getattr(module, tensor, None) is not None:
+                getattr(module, tensor).data.index_fill_(dim, torch.tensor([0]), 0)
+        output: torch.Tensor = forward(given)
+        for name, before in clean.items():
+            module.get_parameter(name).data.copy_(before)
+        return output
+
+    def alike(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.allclose(got, wanted, rtol=1e-3, atol=1e-4 * (1 + float(wanted.abs().max())))
+
+    unread, unmade = forward(cleared(given, kind.reads)), cleared(forward(given), kind.makes)
+    return alike(without(kind.reads), unread) and alike(without(kind.makes), unmade)
 
 
 def _mapped(function: Any, output: Any) -> Any:
