@@ -309,7 +309,7 @@ def _int8(dense: nn.Module, task: Task) -> dict[str, list[str]]:
 
 def _damage(curve: Curve) -> float:
     """What half of the units cost; a group whose loss is not finite hurts most."""
-    damage = curve.damage(0.5)
+    damage = curve.at_half()
     return damage if math.isfinite(damage) else math.inf
 
 

@@ -1065,12 +1065,12 @@ FAMILIES: dict[str, Family] = {
         + (48 * 10 + 10),
         macs=64 * (9 * 3 * 16 + 9 * 16 * 64 + 9 * 32 * 48) + 48 * 10,
     ),
-    # The stem's halves may be cut if both lose as many.
+    # The stem's halves are cut where both lose as many.
     "csp": Family(
         PartWay,
         (IMAGE,),
         "classification",
-        cut=("way1.conv", "way2.conv", "merge.conv"),
+        cut=("stem.conv", "way1.conv", "way2.conv", "merge.conv"),
         left=("head.fc",),
         params=(9 * 3 * 32 + 2 * 32)
         + (9 * 16 * 32 + 2 * 32) + (9 * 32 * 16 + 2 * 16)

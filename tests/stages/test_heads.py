@@ -172,7 +172,6 @@ PADDED = (Input("ids", (8,), "int64", high=50), Input("mask", (8,), "int64", hig
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="rewritten layers get nested tensors")
 def test_an_encoder_that_packs_its_input_runs_on_padded_examples(tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = task_of(Padded(), inputs=PADDED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from compressor.stages.prune.groups import groups_of
 from compressor.stages.prune.proof import disproof
 from compressor.stages.prune.ranking import RANKINGS, least
 from compressor.stages.prune.rounding import kept
+from compressor.stages.prune.sound import Sound
 
 IMAGE = (1, 8, 8)
 
@@ -478,7 +480,67 @@ def test_two_groups_of_one_layer_are_both_cut(tmp_path: Path) -> None:
     assert facts["layers"] == {"a": [16, 8], "a (2)": [32, 16], "p": [8, 4]}
 
 
-@pytest.mark.xfail(strict=True, reason="a grouped transposed convolution's units are counted as 1")
+def test_parts_of_one_layer_have_names_of_their_own() -> None:
+    sound = Sound(uneven(), task_of(uneven(), (4,)), "heads")
+    assert [(group.root, group.width) for group in sound.groups] == [
+        ("a", 16),
+        ("a (2)", 32),
+        ("p", 8),
+    ]
+
+
+class Parts(nn.Module):
+    """The channels of ``a`` go two ways; ``apart`` tells where the second begins."""
+
+    def __init__(self, apart: Callable[[Tensor], int]) -> None:
+        super().__init__()
+        self.apart = apart
+        self.a, self.p, self.q = nn.Linear(4, 32), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x).relu()
+        at = self.apart(y)
+        return self.head((self.p(y[:, :at]) + self.q(y[:, at:])).relu())
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [
+        lambda y: (y.shape[1] + 1) // 2,  # as chunk does
+        pytest.param(
+            lambda y: y.shape[1] // 2,
+            marks=pytest.mark.xfail(
+                strict=True, reason="one channel of the first half seems to go alone: 31 // 2 is 15"
+            ),
+        ),
+    ],
+    ids=["up", "down"],
+)
+def test_halves_that_must_lose_equally_many_are_one_group(
+    apart: Callable[[Tensor], int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    task = task_of(Parts(apart), (4,))
+    halves = Sound(task.model(), task, "heads").groups[0]
+    assert (halves.root, halves.width, len(halves.strands), halves.each) == ("a", 16, 2, 2)
+    assert halves.layers == ("a", "p", "q")
+    model, facts, made = pruned(task, tmp_path)
+    check(task, model, made)
+    assert facts["layers"] == {"a": [32, 16], "p": [8, 4]}
+    assert [model.get_parameter(f"{layer}.weight").shape[1] for layer in "pq"] == [8, 8]
+
+
+def test_a_part_that_may_not_go_does_not_keep_the_other(tmp_path: Path) -> None:
+    """The first half is found by a number in the code, so that only the second can be cut."""
+    torch.manual_seed(0)
+    task = task_of(Parts(lambda y: 16), (4,))
+    model, facts, made = pruned(task, tmp_path)
+    check(task, model, made)
+    assert facts["layers"] == {"a (2)": [16, 8], "p": [8, 4]}
+    assert set(facts["left_alone"]) == {"a", "head"}
+
+
 def test_units_of_a_grouped_transposed_convolution_are_of_many_channels(tmp_path: Path) -> None:
     _, facts, _ = pruned(task_for("transposed, grouped"), tmp_path)
     assert facts["layers"]["up"] == [64, 32]
@@ -603,7 +665,6 @@ def test_a_global_ranking_reaches_the_ratio(widths: list[int], ratio: float, see
     assert abs(sum(counts) - (1 - ratio) * sum(widths)) <= slack
 
 
-@pytest.mark.xfail(strict=True, reason="all units at the threshold go, not so many as are needed")
 @pytest.mark.parametrize("ranking", ["global", "isomorphic"])
 def test_units_that_are_all_alike_do_not_go_all_together(ranking: str) -> None:
     groups = groups_for([64, 64])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -32,7 +31,7 @@ from compressor.measurement import Target
 from compressor.recipe import Step
 from compressor.stages import bound
 from compressor.stages.export import export
-from compressor.stages.prune import Sound, prune, targets
+from compressor.stages.prune import Sound, prune, search, targets
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.ranking import chosen, least
 from compressor.stages.prune.rounding import ladder
@@ -58,7 +57,6 @@ from compressor.stages.prune.targets import (
 )
 from compressor.task import Array
 
-STAGE = sys.modules[prune.__module__]  # the package's own name is that of the function
 SHAPE = (1, 8, 8)
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning")
@@ -126,15 +124,6 @@ class Judged:
 judged = cache(Judged)
 
 
-def broken(names: Sequence[str], reason: str) -> list[Any]:
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason)) for name in names
-    ]
-
-
-STRANDS = "a group's layers are those of its first strand: what reads the others never shrinks"
-TIED = "KeyError: a tied parameter has one name only"
-LAYERED = ["lstm, two layers", "gru, two layers, both ways"]
 CONVOLUTIONAL = [
     "constant view",
     "residual",
@@ -151,20 +140,30 @@ CONVOLUTIONAL = [
     "transposed, grouped",
     "group norm",
 ]
-SEQUENCES = ["lstm", "lstm, both ways", "gru", "rnn, both ways", "lstm, projected", "cnn, lstm"]
-OTHERS = ["multihead attention", "vit, fused", "bert", "text", "convnext", "layer scale", "csp"]
+SEQUENCES = [
+    "lstm",
+    "lstm, two layers",
+    "lstm, both ways",
+    "lstm, projected",
+    "gru",
+    "gru, two layers, both ways",
+    "rnn, both ways",
+    "cnn, lstm",
+]
+OTHERS = [
+    "multihead attention",
+    "vit, fused",
+    "bert",
+    "text",
+    "convnext",
+    "layer scale",
+    "csp",
+    "tied",
+    "tied head",
+]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *CONVOLUTIONAL,
-        *SEQUENCES,
-        *OTHERS,
-        *broken(LAYERED, STRANDS),
-        *broken(["tied", "tied head"], TIED),
-    ],
-)
+@pytest.mark.parametrize("name", [*CONVOLUTIONAL, *SEQUENCES, *OTHERS])
 @settings(max_examples=6, phases=[Phase.generate])
 @given(st.data())
 def test_predicted_parameters_are_those_of_the_cut_model(name: str, data: st.DataObject) -> None:
@@ -173,16 +172,7 @@ def test_predicted_parameters_are_those_of_the_cut_model(name: str, data: st.Dat
     assert model.costs("params").whole(counts) == model.counted("params", counts)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *CONVOLUTIONAL,
-        *SEQUENCES,
-        "mlp, layer norm",
-        *broken(LAYERED, STRANDS),
-        *broken(["subclass"], "a layer that pads in its own forward is seen before its padding"),
-    ],
-)
+@pytest.mark.parametrize("name", [*CONVOLUTIONAL, *SEQUENCES, "mlp, layer norm", "subclass"])
 @settings(max_examples=6, phases=[Phase.generate])
 @given(st.data())
 def test_predicted_products_are_those_of_the_cut_model(name: str, data: st.DataObject) -> None:
@@ -392,7 +382,9 @@ def test_a_measured_quantity_lands_near_the_goal(
     found = land(way, real, goal, exact=False)
     seen_by(way, real, found)
     assert len(real.asked) <= TRIES + 2
-    assert abs(found.reached - goal) == min(abs(each - goal) for _, each in found.tried)
+    # The dense model is no answer where another was looked at.
+    others = found.tried[1:] or found.tried
+    assert abs(found.reached - goal) == min(abs(each - goal) for _, each in others)
     low, high = min(real.values), max(real.values)
     widest = max(abs(a - b) for a, b in pairwise(real.values))
     if low <= goal <= high:
@@ -429,7 +421,6 @@ def test_what_cannot_reach_the_goal_is_said(
         )
 
 
-@pytest.mark.xfail(strict=True, reason="said only where the last state is also the nearest")
 @pytest.mark.parametrize("values", [[1, 0.9, 0.85, 0.80, 0.82], [1, 0.7, 0.6, 0.55, 0.56]])
 def test_noise_does_not_hide_that_the_goal_is_out_of_reach(values: list[float]) -> None:
     found = land(way_of([1, 0.8, 0.6, 0.4, 0.3]), Real(values), 0.5, exact=False)
@@ -437,7 +428,6 @@ def test_noise_does_not_hide_that_the_goal_is_out_of_reach(values: list[float]) 
     assert found.unreached
 
 
-@pytest.mark.xfail(strict=True, reason="the dense model may be nearer than what was tried first")
 def test_the_nearest_of_states_that_lie_apart() -> None:
     values = [1, 0.97, 0.94, 0.79]
     assert land(way_of(values), Real(values), 0.9, exact=False).reached == 0.94
@@ -464,7 +454,7 @@ def test_one_state_only(goal: float, exact: bool, reached: float, unreached: boo
 def test_a_goal_of_almost_everything(exact: bool) -> None:
     real = Real([1.0, 0.98, 0.9, 0.5])
     found = land(way_of(real.values), real, 0.999, exact=exact)
-    assert found.reached == (0.98 if exact else 1.0)
+    assert found.reached == 0.98, "the dense model is nearer, and no answer"
     assert not found.unreached
 
 
@@ -559,7 +549,7 @@ def data(count: int = 60) -> Splits:
     return splits_of(x, rng.integers(0, 5, count))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "int8"])
 def test_latency_is_measured(dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "SECONDS", 0.02)
     task = task_of(small_cnn(), SHAPE, splits=data())
@@ -644,20 +634,33 @@ class Unread(nn.Module):
         return self.head(self.fc(y).relu())
 
 
-@pytest.mark.parametrize("quantity", ["macs", "params"])
+SAID = (
+    "residual, padded shortcut",
+    "lstm, two layers",
+    "cnn, lstm",
+    "multihead attention",
+    "shared",
+    "subclass",
+    "split",
+    "tied",
+    "tied head",
+    "attention, unread",
+    "csp",
+)
+COUNTED = ("tied", "tied head", "csp", "lstm, two layers")
+"""Families whose parameters are not simply those of one layer after the other."""
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "quantity"),
     [
-        "residual, padded shortcut",
-        "lstm, two layers",
-        "cnn, lstm",
-        "multihead attention",
-        "shared",
-        "subclass",
-        "split",
-        *broken(["tied", "tied head"], TIED),
-        "attention, unread",
-        *broken(["csp"], "only the lowest state is proven, where both halves lose equally many"),
+        *((name, "macs") for name in SAID),
+        *((name, "params") for name in COUNTED),
+        *(
+            pytest.param(name, "params", marks=pytest.mark.slow)
+            for name in SAID
+            if name not in COUNTED
+        ),
     ],
 )
 def test_what_is_said_is_what_the_model_costs(
@@ -689,8 +692,12 @@ def test_a_latency_target_replays_without_measuring(
 
     @contextmanager
     def price(quantity: Quantity, task: Task, dtype: Dtype) -> Iterator[Price]:
-        assert (quantity, dtype) == ("latency", "int8")
-        yield macs_of
+        if quantity == "latency":
+            assert dtype == "int8"
+            yield macs_of
+            return
+        with price_of(quantity, task, dtype) as counted:
+            yield counted
 
     @contextmanager
     def real(quantity: Quantity, dense: nn.Module, before: Any, task: Task, dtype: Dtype) -> Any:
@@ -701,8 +708,8 @@ def test_a_latency_target_replays_without_measuring(
     task = task_of(small_cnn(32), SHAPE)
     (tmp_path / "again").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(STAGE, "price_of", price)
-        patch.setattr(STAGE, "real_of", real)
+        patch.setattr(search, "price_of", price)
+        patch.setattr(search, "real_of", real)
         _, facts, artifact = made(task, tmp_path, latency=0.5, dtype="int8")
     tried = [reached for _, reached in facts["tried"]]
     assert facts["latency_reached"] == min(tried, key=lambda reached: abs(reached - 0.5))
@@ -711,7 +718,7 @@ def test_a_latency_target_replays_without_measuring(
     assert said["widths"] == {"0": 32, "3": 64} | cut
     assert (said["latency"], said["dtype"]) == (0.5, "int8")
     for name in ("price_of", "real_of", "curves"):
-        monkeypatch.setattr(STAGE, name, never)
+        monkeypatch.setattr(search, name, never)
     again = bound(Step("prune", said)).settings
     _, replayed, second = made(task, tmp_path / "again", **again)
     assert second.path.read_bytes() == artifact.path.read_bytes()
@@ -719,7 +726,6 @@ def test_a_latency_target_replays_without_measuring(
     assert dict(second.steps[-1]["settings"]) == said
 
 
-@pytest.mark.xfail(strict=True, reason="widths are recorded for latency only")
 @pytest.mark.parametrize("given", [{"macs": 0.5}, {"ratio": 0.5}])
 def test_widths_that_decided_are_among_the_settings(
     given: dict[str, float], tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,14 +40,34 @@ def disproof(
     them, up to rounding. Layers that mix channels (channel shuffle, normalisation over channels)
     give others. Outputs are compared on two of the 7 ``examples``; the cut model must also run at
     batch 1 and 7 with outputs of the right shape, and have gradients.
+
+    They are compared once more with random weights in place of the model's: a layer that is dead,
+    or a branch that is scaled by zero, would let any cut of it pass. What holds for random weights
+    holds for all but a vanishing share of them (Schwartz and Zippel).
     """
     two = tuple(part[:2] for part in examples)
+    difference, wrong = _compared(dense, edits, examples, two, dtype)
+    if not wrong:
+        random, wrong = _compared(shaken(dense), edits, two, two, dtype)
+        if math.isnan(random):
+            wrong = ""  # they overflow in this model and say nothing
+    return difference, wrong
+
+
+def _compared(
+    dense: nn.Module,
+    edits: Sequence[dict[str, Any]],
+    examples: Inputs,
+    two: Inputs,
+    dtype: torch.dtype,
+) -> tuple[float, str]:
+    others = (1, 7) if len(examples[0]) >= 7 else ()
     try:
         with torch.inference_mode():
             wanted = _run(masked_copy(dense, edits), two, dtype)
             model = apply(copy.deepcopy(dense), edits)
             other = {size: _run(model, tuple(part[:size] for part in examples), torch.float32)
-                     for size in (1, 7)}  # fmt: skip
+                     for size in others}  # fmt: skip
         # Edited again: what is scaled has to be scaled in this precision.
         model = apply(copy.deepcopy(dense).to(dtype), edits).requires_grad_(True)
         got = _run(model, two, dtype)
@@ -57,7 +78,36 @@ def disproof(
     for size, outputs in {2: got, **other}.items():
         if [each.shape for each in outputs] != [_batched(shape, size) for shape in shapes]:
             return 0.0, "it would change the shape of the model's output"
+    if not all(torch.isfinite(each).all() for each in wanted):
+        return math.nan, "the masked model's outputs are not finite"
     return _difference(got, wanted, dtype)
+
+
+def shaken(dense: nn.Module) -> nn.Module:
+    """A copy with seeded random weights of a size that keeps activations alive.
+
+    Weights of two axes or more are normal, scaled by their inputs (He et al. 2015); scales and
+    variances uniform around 1; biases and means small. Other buffers stay.
+    """
+    model = copy.deepcopy(dense)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            held = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for name, tensor in held:
+                if not tensor.is_floating_point() or (
+                    name in module._buffers and name not in ("running_mean", "running_var")
+                ):
+                    continue
+                noise = torch.randn(tensor.shape, generator=draw)
+                if tensor.ndim > 1:
+                    inputs = tensor[0].numel()
+                    tensor.copy_(noise * (2 / inputs) ** 0.5)
+                elif name in ("weight", "running_var"):
+                    tensor.copy_(1 + noise.clamp(-2, 2) / 5)
+                else:
+                    tensor.copy_(noise / 10)
+    return model
 
 
 def _batched(shape: torch.Size, size: int) -> torch.Size:

@@ -7,6 +7,9 @@ import math
 MULTIPLES = (16, 8, 4, 1)
 """fp32 kernels step every 16 channels, int8 kernels every 4."""
 
+RUNGS = 16
+"""Of a search's ladder, about and at most."""
+
 SLACK = 0.1
 """How far rounding may move a layer's ratio."""
 
@@ -35,13 +38,15 @@ def kept(width: int, ratio: float, each: int = 1) -> int:
 def ladder(width: int, least: int, each: int = 1) -> list[int]:
     """The counts that a search tries, from ``width`` down to ``least`` or the next above it.
 
-    Steps are the largest of 16, 8, 4, 1 channels that is at most an eighth of the width: fine
-    enough to come near a target, and counts that are not rounded give back the time that they save.
+    Steps are multiples of the largest of 16, 8, 4, 1 channels that is at most an eighth of the
+    width, since counts that are not rounded give back the time that they save; and at least a
+    sixteenth of the width, which is near enough to a target.
 
-    >>> ladder(64, 7), ladder(10, 1)
-    ([64, 56, 48, 40, 32, 24, 16, 8], [10, 9, 8, 7, 6, 5, 4, 3, 2, 1])
+    >>> ladder(64, 7), ladder(10, 1), len(ladder(1280, 1))
+    ([64, 56, 48, 40, 32, 24, 16, 8], [10, 9, 8, 7, 6, 5, 4, 3, 2, 1], 16)
     """
     multiple = next((m for m in MULTIPLES if 8 * m <= width * each), 1)
     step = multiple // math.gcd(multiple, each)
+    step *= max(1, round(width / RUNGS / step))
     lower = range(width - 1, max(least, 1) - 1, -1)
     return [width, *(count for count in lower if count % step == 0)]

@@ -11,7 +11,7 @@ from compressor.stages.prune.criteria import scored
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.ranking import chosen, least
 from compressor.stages.prune.rounding import ladder
-from compressor.stages.prune.sensitivity import Curve, curves
+from compressor.stages.prune.sensitivity import Damage, curves, damages
 from compressor.stages.prune.sound import Sound
 from compressor.stages.prune.targets import (
     Costs,
@@ -72,7 +72,13 @@ def searched(
     holding = {cut.group.root for cut in sound.most(cuts(groups, lowest), left).cuts}
     groups = [group for group in groups if group.root in holding]
     found = curves(sound.model, groups, [scores[group.root] for group in groups], task)
-    damage = {curve.root: curve for curve in found}
+    damage = dict(
+        zip(
+            (group.root for group in groups),
+            damages(found, _work(sound, groups, task)),
+            strict=True,
+        )
+    )
     with (
         price_of(what.quantity, task, what.dtype) as price,
         real_of(what.quantity, sound.dense, before, task, what.dtype) as real,
@@ -103,7 +109,23 @@ def searched(
     return {}, {}
 
 
-def _landed(what: Search, costs: Costs, damage: Sequence[Curve], cost: Any) -> Landing:
+def _work(sound: Sound, groups: Sequence[Group], task: Task) -> list[float]:
+    """For each group the share of the model's multiply-accumulates and parameters that goes when
+    half its units go."""
+    whole: Counts = tuple(group.width for group in groups)
+    shares = [0.0] * len(groups)
+    for quantity in ("macs", "params"):
+        with price_of(quantity, task, "fp32") as price:
+            costs = Costs(sound.model, groups, task, price)
+        total = costs.whole(whole)
+        for at, group in enumerate(groups):
+            half = (*whole[:at], group.width // 2, *whole[at + 1 :])
+            before, after = costs.cost(group.layers, [whole, half])
+            shares[at] += (before - after) / total
+    return shares
+
+
+def _landed(what: Search, costs: Costs, damage: Sequence[Damage], cost: Any) -> Landing:
     exact = what.quantity != "latency"
     way = walk(costs, damage, what.floor, what.amount)
     landed = land(way, cost, what.amount, exact=exact)

@@ -1,10 +1,11 @@
 """Pruning until the model costs a named fraction of what it did: MACs, params, size or latency.
 
 A search walks from the dense model down, one rung of one group's ladder at a time, always the rung
-that damages least for what it saves. Damage comes from the sensitivity curves, savings from what
-layers cost: multiply-accumulates, parameters, or the milliseconds that onnxruntime takes for a
-layer of that shape on the target. That way the cut goes where time is, which is not where MACs
-are. Where on this walk the target lies is then found with the real quantity of the whole model.
+that damages least for what it saves. Damage comes from the work and the sensitivity of a group,
+savings from what layers cost: multiply-accumulates, parameters, or the milliseconds that
+onnxruntime takes for a layer of that shape on the target. That way the cut goes where time is,
+which is not where MACs are. Where on this walk the target lies is then found with the real quantity
+of the whole model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from compressor.stages.prune.cutting import shapes_of
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.ranking import least
 from compressor.stages.prune.rounding import ladder
-from compressor.stages.prune.sensitivity import Curve
+from compressor.stages.prune.sensitivity import Damage
 from compressor.stages.quantize import quantize
 from compressor.task import Task
 
@@ -206,7 +207,7 @@ class Walk(NamedTuple):
         return self.states[max(self.states.index(counts) - 1, 0)]
 
 
-def walk(costs: Costs, curves: Sequence[Curve], floor: float, goal: float) -> Walk:
+def walk(costs: Costs, damages: Sequence[Damage], floor: float, goal: float) -> Walk:
     """The way down, each state cheaper than the one before.
 
     It goes a good way beyond the goal, since the prediction may be off, and ends where no group has
@@ -221,7 +222,7 @@ def walk(costs: Costs, curves: Sequence[Curve], floor: float, goal: float) -> Wa
     while total > whole * goal * BEYOND:
         for at, steps in enumerate(ladders):
             if at not in offers:
-                offers[at] = _offer(costs, curves[at], counts, at, steps[rungs[at] :], whole)
+                offers[at] = _offer(costs, damages[at], counts, at, steps[rungs[at] :], whole)
         open_now = [(offer.price, at) for at, offer in offers.items() if offer]
         if not open_now:
             break
@@ -251,18 +252,18 @@ class Offer(NamedTuple):
 
 
 def _offer(
-    costs: Costs, curve: Curve, counts: Counts, at: int, steps: Sequence[int], whole: float
+    costs: Costs, damage: Damage, counts: Counts, at: int, steps: Sequence[int], whole: float
 ) -> Offer | None:
     """The nearest of the next rungs that saves something; ``None`` where none does."""
     near = steps[: 1 + AHEAD]
     tried = [(*counts[:at], count, *counts[at + 1 :]) for count in near]
     now, *later = costs.cost(costs.groups[at].layers, tried)
     width = costs.groups[at].width
-    already = curve.damage(1 - near[0] / width)
+    already = damage(1 - near[0] / width)
     for down, cost in enumerate(later, 1):
         saved = now - cost
         if saved > WORTH * whole:
-            return Offer((curve.damage(1 - near[down] / width) - already) / saved, down, saved)
+            return Offer((damage(1 - near[down] / width) - already) / saved, down, saved)
     return None
 
 
