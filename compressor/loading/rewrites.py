@@ -171,7 +171,8 @@ def _attention(model: nn.Module, module: nn.Module, edit: Any) -> None:
         raise ValueError("not an attention layer that can be rewritten")
     model.set_submodule(edit["module"], Attention(module))  # type: ignore[arg-type]
     for name, owner in model.named_modules():
-        if isinstance(owner, nn.TransformerEncoder) and edit["module"].startswith(f"{name}."):
+        inside = not name or edit["module"].startswith(f"{name}.")
+        if isinstance(owner, nn.TransformerEncoder) and inside:
             # Padded examples would come as nested tensors, which only the original takes.
             owner.enable_nested_tensor = owner.use_nested_tensor = False
 

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -59,50 +59,64 @@ def costs(
     Raises :class:`InputError` for a target other than the CPU, whose kernels the profiler does not
     time, and for a layer that ONNX does not have; :class:`WorkerFailed` for one that does not run.
     """
+    with table(target, dtype=dtype, cache=cache, start=start) as price:
+        return price(layers)
+
+
+@contextmanager
+def table(
+    target: Target,
+    *,
+    dtype: Dtype = "fp32",
+    cache: Path | None = None,
+    start: Callable[[], AbstractContextManager[Worker]] = Worker,
+) -> Iterator[Callable[[Iterable[Layer]], dict[Layer, float]]]:
+    """:func:`costs` for a search that asks many times: one worker, and the file read and written
+    once, at the end also when something failed."""
     if target.provider != "cpu":
         raise InputError(f"layer costs on {target}: they are measured on the cpu only")
-    wanted = dict.fromkeys(layers)
     facts = _facts(target, dtype)
     path = _path(cache, facts)
     known = _read(path, facts)
-    missing = [layer for layer in wanted if layer not in known]
-    if missing:
-        measured: dict[Layer, float] = {}
+    measured: dict[Layer, float] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compressor-")))
+        worker: Worker | None = None
+
+        def price(layers: Iterable[Layer]) -> dict[Layer, float]:
+            nonlocal worker
+            wanted = dict.fromkeys(layers)
+            for layer in wanted:
+                if layer not in known:
+                    worker = worker or stack.enter_context(start())
+                    known[layer] = measured[layer] = _measured(layer, target, dtype, worker, folder)
+            return {layer: known[layer] for layer in wanted}
+
         try:
-            _measure(missing, target, dtype, start, measured)
-        finally:  # also what was measured before a layer failed
+            yield price
+        finally:
             if measured:
-                known = _read(path, facts) | known | measured
-                _write(path, facts, known)
-    return {layer: known[layer] for layer in wanted}
+                _write(path, facts, _read(path, facts) | known)
 
 
-def _measure(
-    layers: Sequence[Layer],
-    target: Target,
-    dtype: Dtype,
-    start: Callable[[], AbstractContextManager[Worker]],
-    into: dict[Layer, float],
-) -> None:
+def _measured(layer: Layer, target: Target, dtype: Dtype, worker: Worker, folder: Path) -> float:
     builders = INT8 if dtype == "int8" else FP32
-    with tempfile.TemporaryDirectory(prefix="compressor-") as folder, start() as worker:
-        path = Path(folder) / "layer.onnx"
-        for layer in layers:
-            try:
-                model, inputs = builders[layer.op](layer, target.batch * layer.copies)
-            except (InputError, ValueError) as error:
-                raise InputError(f"no cost of {layer}: {one_line(error, 150)}") from error
-            path.write_bytes(model)
-            examples = [str(Path(folder) / f"{at}.npy") for at in range(len(inputs))]
-            for example, array in zip(examples, inputs, strict=True):
-                np.save(example, array)
-            try:
-                worker.ask("load", path=str(path), provider="cpu", threads=target.threads)
-                worker.ask("take", inputs=examples, batch=len(inputs[0]))
-                answer = worker.ask("kernels", path=str(path), ms=MS, out=f"{folder}/kernels")
-            except WorkerFailed as error:
-                raise WorkerFailed(f"no cost of {layer}: {one_line(error, 150)}") from error
-            into[layer] = milliseconds(answer["kernels"])
+    path = folder / "layer.onnx"
+    try:
+        model, inputs = builders[layer.op](layer, target.batch * layer.copies)
+    except (InputError, ValueError) as error:
+        raise InputError(f"no cost of {layer}: {one_line(error, 150)}") from error
+    path.write_bytes(model)
+    examples = [str(folder / f"{at}.npy") for at in range(len(inputs))]
+    for example, array in zip(examples, inputs, strict=True):
+        np.save(example, array)
+    try:
+        worker.ask("load", path=str(path), provider="cpu", threads=target.threads)
+        worker.ask("take", inputs=examples, batch=len(inputs[0]))
+        answer = worker.ask("kernels", path=str(path), ms=MS, out=f"{folder}/kernels")
+    except WorkerFailed as error:
+        raise WorkerFailed(f"no cost of {layer}: {one_line(error, 150)}") from error
+    return milliseconds(answer["kernels"])
 
 
 def milliseconds(kernels: Sequence[Mapping[str, Any]]) -> float:

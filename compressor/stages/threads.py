@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compressor.measure.counting import macs
+from compressor.measure.environment import cores
 from compressor.task import Inputs
 
 SMALL_STEP = 100_000_000
@@ -20,8 +21,14 @@ CNN took 5.1 s with one thread, 7.2 s with two, and minutes beside a busy neighb
 def one_thread() -> Iterator[None]:
     """Work of many small operations: pruning ResNet-50 took 1.7 s so, 24 s with two threads beside
     a busy neighbour. Sums in one thread are also the same everywhere."""
+    with _threads(1):
+        yield
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -30,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def threads_for(model: nn.Module, example: Inputs, batch_size: int) -> Iterator[None]:
-    """One thread for a model whose step is too small to share, all of them for any other.
+    """One thread for a model whose step is too small to share, all cores for any other.
 
     The rule reads the model only, so that the same run always computes with the same threads.
     """
@@ -38,4 +45,5 @@ def threads_for(model: nn.Module, example: Inputs, batch_size: int) -> Iterator[
         with one_thread():
             yield
     else:
-        yield
+        with _threads(cores()):
+            yield

@@ -19,15 +19,16 @@ from compressor.stages.losses import LOSSES
 from compressor.stages.prune.cutting import units
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.ranking import Scores, chosen
+from compressor.stages.threads import threads_for
 from compressor.task import Array, Inputs, Task
 
 SHARES = (0.25, 0.5, 0.75)
 """Parts of a group's units that are cut, one after the other."""
 
-WORK = 1e12
-"""Multiply-accumulates that all curves together may take: about half a minute of one core."""
+WORK = 5e11
+"""Multiply-accumulates that all curves together may take: about ten seconds."""
 
-FEWEST, MOST = 32, 512
+FEWEST, MOST = 8, 512
 """Examples of the calibration split for each point."""
 
 
@@ -97,10 +98,10 @@ def curves(model: nn.Module, groups: Sequence[Group], scores: Scores, task: Task
     inputs: Inputs
     targets = None
     if task.splits is None:
-        inputs = task.examples(FEWEST)
+        inputs = task.examples(min(count, 32))
     else:
         inputs, targets = task.splits.calibrate.head(count)
-    with torch.inference_mode():
+    with threads_for(model, task.examples(1), 32), torch.inference_mode():
         whole = _outputs(model, inputs)
         found = []
         for group, strands in zip(groups, scores, strict=True):

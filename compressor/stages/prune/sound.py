@@ -100,7 +100,7 @@ class Sound:
             first = together[0]
             strands = tuple(strand for group in together for strand in group.strands)
             alike = len({(group.width, group.each) for group in together}) == 1
-            if len(together) > 1 and alike and not self.holds(_one(first)):
+            if len(together) > 1 and alike and not all(map(self.holds, map(_one, together))):
                 layers = {layer for group in together for layer in group.layers}
                 writes = tuple(write for group in together for write in group.writes)
                 whole = replace(

@@ -15,7 +15,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -28,8 +28,7 @@ from compressor.errors import StageError
 from compressor.loading import torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.measure import counting
-from compressor.measure.costs import Dtype, costs
-from compressor.measure.process import Worker
+from compressor.measure.costs import Dtype, table
 from compressor.measure.protocol import observe
 from compressor.measure.shapes import Layer, layers_of
 from compressor.measure.statistics import summary
@@ -182,16 +181,11 @@ def price_of(quantity: Quantity, task: Task, dtype: Dtype) -> Iterator[Price]:
     if quantity == "macs":
         yield lambda calls: [float(sum(shape.macs() for shape in call.shapes)) for call in calls]
         return
-    with Worker() as worker:
-        known: dict[Layer, float] = {}
+    with table(task.target, dtype=dtype) as price:
 
         def milliseconds(calls: Sequence[Call]) -> list[float]:
-            missing = {shape for call in calls for shape in call.shapes if shape not in known}
-            if missing:
-                known.update(
-                    costs(missing, task.target, dtype=dtype, start=lambda: nullcontext(worker))
-                )
-            return [sum(known[shape] for shape in call.shapes) for call in calls]
+            found = price(shape for call in calls for shape in call.shapes)
+            return [sum(found[shape] for shape in call.shapes) for call in calls]
 
         yield milliseconds
 
