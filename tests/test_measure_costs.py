@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from compressor.errors import InputError
-from compressor.measure.costs import FP32, INT8, costs, milliseconds
+from compressor.measure.costs import FP32, INT8, costs, milliseconds, table
 from compressor.measure.process import WorkerFailed
 from compressor.measure.runtime import open_session
 from compressor.measure.shapes import Layer, Op
@@ -100,6 +100,43 @@ def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
     assert both == {CONV: 0.25, LINEAR: 0.04}
     assert costs([LINEAR, CONV], Target(), cache=tmp_path, start=unused) == both
     assert costs([], Target(), cache=tmp_path, start=unused) == {}
+
+
+def test_a_search_has_one_worker_and_one_file(tmp_path: Path) -> None:
+    worker = Scripted(250.0, 40.0)
+    with table(Target(), cache=tmp_path, start=worker) as price:
+        assert worker.started == 0
+        assert price([]) == {}
+        assert worker.started == 0, "nothing was to be measured yet"
+        assert price([CONV]) == {CONV: 0.25}
+        assert price(iter([LINEAR, CONV, LINEAR])) == {LINEAR: 0.04, CONV: 0.25}
+        assert price([CONV]) == {CONV: 0.25}
+        assert not list(tmp_path.iterdir()), "it is written at the end"
+    assert worker.started == 1
+    assert not worker.answers
+    assert costs([CONV, LINEAR], Target(), cache=tmp_path, start=unused) == {
+        CONV: 0.25,
+        LINEAR: 0.04,
+    }
+
+
+def test_a_search_that_fails_keeps_what_was_measured(tmp_path: Path) -> None:
+    def fails() -> None:
+        with table(Target(), cache=tmp_path, start=Scripted(250.0)) as price:
+            price([CONV])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert costs([CONV], Target(), cache=tmp_path, start=unused) == {CONV: 0.25}
+
+
+def test_what_another_search_measured_meanwhile_is_kept(tmp_path: Path) -> None:
+    with table(Target(), cache=tmp_path, start=Scripted(250.0)) as price:
+        price([CONV])
+        costs([LINEAR], Target(), cache=tmp_path, start=Scripted(40.0))
+    both = {CONV: 0.25, LINEAR: 0.04}
+    assert costs([CONV, LINEAR], Target(), cache=tmp_path, start=unused) == both
 
 
 def test_another_target_or_dtype_has_a_table_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import InputError
-from compressor.recipe import QUANTIZE, Step, edited, named, read, write
+from compressor.recipe import PRUNE, QUANTIZE, Step, edited, named, pruning, read, write
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_-]{0,10}", fullmatch=True)
 VALUES = st.one_of(
@@ -117,3 +117,71 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
         read(path)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LAYERS = st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z0-9_]{1,6}){0,3}( \([2-9]\))?", fullmatch=True)
+
+
+@given(st.lists(st.dictionaries(LAYERS, st.integers(1, 4096), max_size=4), min_size=1, max_size=3))
+def test_widths_read_back(
+    tmp_path_factory: pytest.TempPathFactory, many: list[dict[str, int]]
+) -> None:
+    """A table of its own ends a step; the next begins anew, and dots in a name are no tables."""
+    steps = [
+        step
+        for at, widths in enumerate(many)
+        for step in (
+            Step(
+                "prune", {"latency": 0.5, "widths": widths, "keep": ["h.*"]}, f"p{at}", "baseline"
+            ),
+            Step("distill", {"epochs": 2}, f"d{at}", f"p{at}"),
+        )
+    ]
+    path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(write(steps, "compressor run x"), encoding="utf-8")
+    assert read(path) == steps
+
+
+def test_widths_are_a_table_of_their_step() -> None:
+    steps = [Step("prune", {"widths": {"layer1.0.conv1": 8}, "macs": 0.5}), Step("distill")]
+    prune, distill = write(steps, "x").split("[[step]]")[1:]
+    assert '[step.widths]\n"layer1.0.conv1" = 8\n' in prune
+    assert prune.index("from =") < prune.index("[step.widths]")
+    assert "widths" not in distill
+
+
+@given(st.sampled_from(["macs", "params", "size", "latency"]), st.floats(1e-6, 0.999))
+def test_prune_names_what_is_to_shrink(name: str, value: float) -> None:
+    assert pruning(f"{name}={value}") == {name: value}
+    assert pruning(f" {name} = {value} ") == {name: value}
+    assert pruning(value) == pruning(str(value)) == {"ratio": value}
+
+
+def test_a_ratio_of_nothing_is_one() -> None:
+    assert pruning("0") == pruning(0.0) == {"ratio": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *((f"{name}={wrong}", f"give the fraction of {name} to keep")
+          for name in ("macs", "latency") for wrong in ("0", "1", "-1", "nan", "inf", "", "half")),
+        *((wrong, "give the fraction of channels to remove")
+          for wrong in ("1", "-0.1", "nan", "", "half", "inf")),
+        *((wrong, "give a ratio such as 0.5, or one of macs=0.5")
+          for wrong in ("ratio=0.5", "widths=0.5", "speed=0.5", "=0.5", "macs=size=0.5",
+                        "MACS=0.5")),
+    ],
+)  # fmt: skip
+def test_what_prune_may_not_say_is_one_line(text: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        pruning(text)
+    assert str(error.value).startswith(f"--prune {text!r}: {said}")
+    assert "\n" not in str(error.value)
+
+
+def test_another_target_replaces_the_recipe_s_own() -> None:
+    recipe = [Step("prune", {"latency": 0.5, "widths": {"a.b": 3}, "keep": ["head"]})]
+    (changed,) = edited(recipe, prune="macs=0.3")
+    assert changed.settings == {"macs": 0.3, "keep": ["head"]}
+    assert set(recipe[0].settings) & set(PRUNE) == {"latency", "widths"}, "it is as it was"

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from compressor.errors import InputError
 from compressor.measurement import Target
 from compressor.report import FILE, Report, problem, schema
+from compressor.report.markdown import markdown
 from compressor.report.plots import pareto
 from compressor.report.table import count, escaped, figures, footnotes, plain, score, size
 
@@ -651,3 +652,19 @@ def test_read_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is not JSON"):
         Report.read(tmp_path / FILE)
+
+
+def test_all_reasons_why_layers_were_left_alone() -> None:
+    why = {f"layers.{at}.mix": f"reason {at % 12}" for at in range(40)}
+    changed = document()
+    changed["artifacts"][1]["steps"][0]["facts"]["left_alone"] = why
+    page = markdown(changed)
+    _, _, after = page.partition("  - left alone:\n")
+    listed = [
+        line.removeprefix("    - ")
+        for line in takewhile(lambda x: x[4:6] == "- ", after.split("\n"))
+    ]
+    assert listed == [
+        f"reason {reason}: {', '.join(f'layers.{at}.mix' for at in range(reason, 40, 12))}"
+        for reason in range(12)
+    ]

@@ -178,14 +178,7 @@ def test_gradients_are_the_same() -> None:
         (False, False, False),
         (False, False, True),
         (False, True, False),
-        pytest.param(
-            *(False, True, True),
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=RuntimeError,
-                reason="an encoder that is the whole model is still handed nested tensors",
-            ),
-        ),
+        (False, True, True),
         (True, False, False),
         (True, False, True),
         (True, True, False),

@@ -21,7 +21,17 @@ from compressor.loading.edits import apply
 from compressor.stages.prune import Sound
 from compressor.stages.prune.criteria import scored
 from compressor.stages.prune.ranking import Scores, chosen
-from compressor.stages.prune.sensitivity import FEWEST, MOST, SHARES, Curve, curves, zeroed
+from compressor.stages.prune.sensitivity import (
+    FEWEST,
+    MOST,
+    SHARES,
+    WORST,
+    Curve,
+    Damage,
+    curves,
+    damages,
+    zeroed,
+)
 from compressor.task import Array, Batch
 
 SHAPE = (1, 8, 8)
@@ -93,13 +103,13 @@ def test_a_single_channel_cannot_go() -> None:
     _, _, found = looked(task_of(model, (4,)))
     widths = dict(zip([curve.root for curve in found], found, strict=True))
     for curve in found:
-        assert np.isfinite([curve.damage(share) for share in (0, 0.5, 1)]).all()
+        assert math.isfinite(curve.at_half())
     if "0" in widths:
         assert widths["0"].shares == (0.0,) * 4
     assert widths["2"].shares == (0.0, *(pytest.approx(each) for each in (1 / 3, 1 / 3, 2 / 3)))
 
 
-def test_a_dead_group_damages_nothing() -> None:
+def test_a_dead_group_loses_nothing() -> None:
     model = small_cnn()
     with torch.no_grad():
         for tensor in (*model[0].parameters(), *model[1].parameters()):  # type: ignore[index]
@@ -107,55 +117,111 @@ def test_a_dead_group_damages_nothing() -> None:
     for splits in (None, data(50)):
         _, _, (dead, alive) = looked(task_of(model, SHAPE, splits=splits))
         assert dead.loss == (0.0,) * 4
-        assert dead.damage(0.75) <= 1e-6
+        assert dead.at_half() == 0
         assert max(map(abs, alive.loss)) > 1e-5
 
 
-# --- damage between the points ---
+# --- damage ---
 
-finite = st.floats(-1e6, 1e6)
-points = st.lists(
-    st.tuples(st.floats(0, 0.95), finite), min_size=1, max_size=6, unique_by=lambda point: point[0]
-).map(sorted)
+rises = st.floats(width=32)
+"""Also infinite, negative and not a number."""
 
 
-@given(points, st.lists(st.floats(0, 1), min_size=2, max_size=8))
-def test_damage_never_falls(given: list[tuple[float, float]], shares: list[float]) -> None:
-    at, loss = zip(*given, strict=True)
-    curve = Curve("root", (0.0, *at), (0.0, *loss), (math.nan,) * (1 + len(at)))
-    found = [curve.damage(share) for share in sorted(shares)]
-    assert np.isfinite(found).all()
-    assert min(found) >= 0
-    for here, there in pairwise(found):
-        assert there >= here - 1e-9 * abs(here)
-    assert curve.damage(1.0) <= 2 * max(0.0, *loss) + 1e-6
-    for share, level in given:
-        if share:
-            assert curve.damage(share) >= level - 1e-9 * abs(level)
+def curve_of(*points: tuple[float, float]) -> Curve:
+    shares, loss = zip((0.0, 0.0), *sorted(points, key=lambda point: point[0]), strict=True)
+    return Curve("root", shares, loss, (math.nan,) * len(shares))
 
 
-@given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
-def test_points_that_coincide_do_not_matter(loss: list[float]) -> None:
-    """Narrow groups round two shares to one count."""
-    curve = Curve("root", (0.0, 0.0, 0.5, 0.5), tuple(loss), (0.0,) * 4)
-    found = [curve.damage(share / 20) for share in range(21)]
+points = st.lists(st.tuples(st.floats(0, 0.95), rises), max_size=6)
+
+
+@given(points)
+def test_the_rise_at_half_is_a_number(given: list[tuple[float, float]]) -> None:
+    assert 0 <= curve_of(*given).at_half() <= WORST
+
+
+@given(points, points)
+def test_the_rise_at_half_is_at_least_all_that_came_before(
+    given: list[tuple[float, float]], after: list[tuple[float, float]]
+) -> None:
+    """Points beyond half count only as far as the line leads to them."""
+    before = [(share / 2, loss) for share, loss in given]
+    found = curve_of(*before, (0.5, 0.0)).at_half()
+    seen = [min(loss, WORST) for _, loss in before if not math.isnan(loss)]
+    worst = WORST if any(math.isnan(loss) for _, loss in before) else 0.0
+    assert found == max(worst, 0.0, *seen)
+    beyond = [(0.6 + share / 4, loss) for share, loss in after]
+    assert curve_of(*before, (0.5, 0.0), *beyond).at_half() == found
+
+
+@pytest.mark.parametrize(
+    ("points", "half"),
+    [
+        ([(0.25, 1.0), (0.5, 3.0), (0.75, 9.0)], 3.0),
+        ([(0.25, 1.0), (0.75, 3.0)], 2.0),
+        ([(0.25, 4.0), (0.5, 3.0)], 4.0),  # what was lost does not come back
+        ([(0.25, -1.0), (0.5, -2.0)], 0.0),
+        ([(0.25, 2.0)], 2.0),
+        ([], 0.0),
+        ([(0.5, math.nan)], WORST),
+        ([(0.25, math.inf), (0.5, 0.1)], WORST),
+        ([(0.5, -math.inf)], 0.0),
+        ([(0.0, 0.0), (0.5, 1.0), (0.5, 1.0)], 1.0),  # narrow groups round two shares to one count
+    ],
+)
+def test_the_rise_at_half(points: list[tuple[float, float]], half: float) -> None:
+    assert curve_of(*points).at_half() == pytest.approx(half)
+
+
+@given(st.floats(0, 1e12), st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_damage_never_falls(weight: float, shares: list[float]) -> None:
+    damage = Damage(weight)
+    found = [damage(share) for share in sorted(shares)]
     assert np.isfinite(found).all()
     assert found == sorted(found)
+    assert damage(0) == 0
+    assert damage(0.5) == weight
+    assert damage(0.9) == pytest.approx(9 * weight)
 
 
-@pytest.mark.parametrize("worst", [math.inf, math.nan])
-def test_a_loss_that_is_no_number_is_the_greatest_damage(worst: float) -> None:
-    curve = Curve("root", (0.0, 0.25, 0.5, 0.75), (0.0, 0.1, worst, 0.2), (0.0,) * 4)
-    found = [curve.damage(share / 20) for share in range(21)]
-    assert np.isfinite(found).all()  # prices are differences of damages
-    assert found == sorted(found)
-    assert found[10] > 1
+@given(st.integers(2, 500))
+def test_each_unit_costs_more_than_the_one_before(width: int) -> None:
+    found = [Damage(1.0)(gone / width) for gone in range(width)]
+    each = np.diff(found)
+    assert (np.diff(each) > 0).all()
 
 
-def test_where_nothing_hurts_less_is_cut_first_where_more_is_left() -> None:
-    curve = Curve("root", (0.0, 0.5), (0.0, 0.0), (0.0, 0.0))
-    found = [curve.damage(share / 10) for share in range(11)]
-    assert all(here < there for here, there in pairwise(found))
+curve = points.map(lambda given: curve_of(*given))
+works = st.floats(1e-6, 1)
+
+
+@given(st.lists(st.tuples(curve, works), min_size=1, max_size=8))
+def test_sensitivity_weighs_the_work_by_at_most_three(given: list[tuple[Curve, float]]) -> None:
+    curves, work = zip(*given, strict=True)
+    found = damages(curves, work)
+    factors = [damage.weight / part for damage, part in zip(found, work, strict=True)]
+    assert np.isfinite(factors).all()
+    assert 1 / 3 - 1e-9 <= min(factors) <= max(factors) <= 3 + 1e-9
+    # More sensitive is never less damaged.
+    order = sorted(range(len(curves)), key=lambda at: curves[at].at_half())
+    for here, there in pairwise(order):
+        assert factors[here] <= factors[there] * (1 + 1e-9)
+
+
+@given(points, st.lists(works, min_size=1, max_size=8))
+def test_equal_curves_leave_damage_to_the_work(
+    given: list[tuple[float, float]], work: list[float]
+) -> None:
+    half = curve_of(*given).at_half()
+    found = [damage.weight for damage in damages([curve_of(*given)] * len(work), work)]
+    factor = 1 if half else 1 / 3  # nothing hurts: all count equally little
+    assert found == pytest.approx([part * factor for part in work])
+
+
+def test_damage_grows_with_the_root_of_sensitivity() -> None:
+    curves = [curve_of((0.5, loss)) for loss in (0.25, 1.0, 4.0, 1e4, math.nan, 1e-9, 1.0)]
+    found = [damage.weight for damage in damages(curves, [2.0] * 7)]
+    assert found == pytest.approx([1, 2, 4, 6, 6, 2 / 3, 2])
 
 
 # --- looking changes nothing ---
