@@ -8,7 +8,7 @@ MULTIPLES = (16, 8, 4, 1)
 """fp32 kernels step every 16 channels, int8 kernels every 4."""
 
 RUNGS = 16
-"""Of a search's ladder, about and at most."""
+"""Of a search's ladder, at most."""
 
 SLACK = 0.1
 """How far rounding may move a layer's ratio."""
@@ -47,6 +47,6 @@ def ladder(width: int, least: int, each: int = 1) -> list[int]:
     """
     multiple = next((m for m in MULTIPLES if 8 * m <= width * each), 1)
     step = multiple // math.gcd(multiple, each)
-    step *= max(1, round(width / RUNGS / step))
+    step *= max(1, math.ceil(width / RUNGS / step))
     lower = range(width - 1, max(least, 1) - 1, -1)
     return [width, *(count for count in lower if count % step == 0)]

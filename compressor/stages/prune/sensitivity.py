@@ -78,10 +78,11 @@ class Damage(NamedTuple):
 def damages(curves: Sequence[Curve], work: Sequence[float]) -> list[Damage]:
     """A damage for each group: its part of the ``work``, times how sensitive it is.
 
-    That is the square root of its curve at half over the median of all, between 1/3 and 3.
+    That is the square root of its curve at half over the median of those that rise, between 1/3
+    and 3.
     """
     half = np.array([curve.at_half() for curve in curves])
-    middle = float(np.median(half)) or 1.0
+    middle = float(np.median(half[half > 1e-9])) if (half > 1e-9).any() else 1.0
     factors = np.clip(np.sqrt(half / middle), 1 / 3, 3)
     return [Damage(float(part * factor)) for part, factor in zip(work, factors, strict=True)]
 
