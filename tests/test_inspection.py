@@ -240,7 +240,7 @@ def test_curves_are_printed_worst_first_and_written(trained: Path, nowhere: Path
         Curve(each["layer"], each["shares"], each["loss"], each["metric"])
         for each in found["curves"]
     ]
-    damage = [curve.damage(0.5) for curve in curves]
+    damage = [curve.at_half() for curve in curves]
     assert damage == sorted(damage, reverse=True)
     again = call("inspect", trained, "--sensitivity")  # our own file of this model
     assert again.exit_code == 0
