@@ -311,7 +311,7 @@ def shown(found: dict[str, Any]) -> str:
         f"this run it is {peers.interval(search['again'], '.3f')}."
     )
     if not search["near"]:
-        tried = ", ".join(f"{predicted:.3f}: {real:.3f}" for predicted, real in search["tried"])
+        tried = ", ".join(f"{one['predicted']:.3f}: {one['real']:.3f}" for one in search["tried"])
         reached += f" Not within {NEAR:.0%}; tried (predicted: real) {tried}."
     if search["unreached"]:
         reached += f" {search['unreached']}."

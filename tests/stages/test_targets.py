@@ -594,8 +594,8 @@ def test_the_stage_lands_on_its_target(
     assert facts["asked"] == goal
     assert 0 < reached <= goal
     assert reached > goal - 0.15, "and no more is cut than the next rung takes"
-    assert [1.0, 1.0] in facts["tried"]
-    assert reached >= max(real for _, real in facts["tried"] if real <= goal)
+    assert {"predicted": 1.0, "real": 1.0} in facts["tried"]
+    assert reached >= max(one["real"] for one in facts["tried"] if one["real"] <= goal)
     if quantity == "params":
         assert reached == counting.params(model) / counting.params(task.model())
     elif quantity == "macs":

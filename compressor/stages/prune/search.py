@@ -103,7 +103,7 @@ def searched(
             said = f"{what.quantity}={what.amount:g}: {landed.unreached}"
             return goals, {
                 f"{what.quantity}_reached": landed.reached,
-                "tried": [list(pair) for pair in landed.tried],
+                "tried": [{"predicted": one, "real": two} for one, two in landed.tried],
                 "unreached": said if landed.unreached else None,
             }
     return {}, {}
