@@ -708,7 +708,7 @@ def test_a_latency_target_replays_without_measuring(
         patch.setattr(search, "price_of", price)
         patch.setattr(search, "real_of", real)
         _, facts, artifact = made(task, tmp_path, latency=0.5, dtype="int8")
-    tried = [reached for _, reached in facts["tried"]]
+    tried = [one["real"] for one in facts["tried"]]
     assert facts["latency_reached"] == min(tried, key=lambda reached: abs(reached - 0.5))
     said = dict(artifact.steps[-1]["settings"])
     cut = {root: has for root, (_, has) in facts["layers"].items()}
