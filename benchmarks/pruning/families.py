@@ -90,7 +90,7 @@ def shown(one: dict[str, Any]) -> dict[str, Any]:
         "params": "{:,} to {:,}".format(*one["params"]),
         "MACs": "{:,} to {:,}".format(*one["MACs"]),
         "ms": "{:.4f} to {:.4f}".format(*ms) if ms else "n/a",
-        "faster": peers.interval(faster, "{:.2f}") if ms else faster,
+        "faster": peers.interval(faster, ".2f") if ms else faster,
         "left alone": "; ".join(f"{layer}: {why}" for layer, why in one["left alone"].items()),
     }
 

@@ -59,7 +59,7 @@ class Curve:
 
 
 class Damage(NamedTuple):
-    """What cutting a share of a group counts: ``weight`` times share / (1 - share).
+    """What cutting a share of a group counts: ``weight`` at half, rising as 1 / (1 - share)^2.
 
     The curves alone mislead: each is taken with all else whole, and after recovery little is left
     of small rises, so that a search by them empties some layers and spares others, and ends below
@@ -72,7 +72,7 @@ class Damage(NamedTuple):
     weight: float
 
     def __call__(self, share: float) -> float:
-        return self.weight * share / max(1 - share, 1e-3)
+        return self.weight * (max(1 - share, 1e-3) ** -2 - 1) / 3
 
 
 def damages(curves: Sequence[Curve], work: Sequence[float]) -> list[Damage]:

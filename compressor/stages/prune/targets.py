@@ -1,11 +1,11 @@
 """Pruning until the model costs a named fraction of what it did: MACs, params, size or latency.
 
-A search walks from the dense model down, one rung of one group's ladder at a time, always the rung
-that damages least for what it saves. Damage comes from the work and the sensitivity of a group,
-savings from what layers cost: multiply-accumulates, parameters, or the milliseconds that
-onnxruntime takes for a layer of that shape on the target. That way the cut goes where time is,
-which is not where MACs are. Where on this walk the target lies is then found with the real quantity
-of the whole model.
+A search walks down from the dense model and from plain ratios, one rung of one group's ladder at a
+time, always the rung that damages least for what it saves. Damage comes from the work and the
+sensitivity of a group, savings from what layers cost: multiply-accumulates, parameters, or the
+milliseconds that onnxruntime takes for a layer of that shape on the target. That way the cut goes
+where time is, which is not where MACs are. Where on this way the target lies is then found with the
+real quantity of the whole model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from compressor.stages.export import export
 from compressor.stages.prune.cutting import shapes_of
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.ranking import least
-from compressor.stages.prune.rounding import ladder
+from compressor.stages.prune.rounding import kept, ladder
 from compressor.stages.prune.sensitivity import Damage
 from compressor.stages.quantize import quantize
 from compressor.task import Task
@@ -44,8 +44,13 @@ from compressor.task import Task
 Quantity = Literal["macs", "params", "size", "latency"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
-AHEAD = 4
-"""Rungs that the search looks down for one that saves: the next alone may save nothing."""
+AHEAD = 6
+"""Rungs that the search looks down: kernels step, so that the next rung alone may save nothing and
+the one after it a lot."""
+
+RATIOS = tuple(step / 20 for step in range(19))
+STARTS = (0.0, 0.2, 0.4, 0.6, 0.8)
+"""Plain ratios whose states are looked at, and those from which a walk starts."""
 
 WORTH = 1e-3
 """Of the whole model's cost: what a rung has to save."""
@@ -202,63 +207,100 @@ class Walk(NamedTuple):
 
 
 def walk(costs: Costs, damages: Sequence[Damage], floor: float, goal: float) -> Walk:
-    """The way down, each state cheaper than the one before.
+    """The way down: each state costs less than the one before, and no state that was seen damages
+    less for at most its cost.
 
-    It goes a good way beyond the goal, since the prediction may be off, and ends where no group has
-    a rung left that saves anything.
+    Seen are the states of plain ratios and, from some of them, those of a walk that takes the
+    cheapest rung of all groups again and again. One walk alone gets stuck where two groups have to
+    shrink together before anything is saved. Walks go a good way beyond the goal, since the
+    prediction may be off, and end where no group has a rung left that saves anything.
     """
+    groups = costs.groups
+    dense: Counts = tuple(group.width for group in groups)
+    whole = costs.whole(dense)
+    seen = {dense: 1.0}
+    for ratio in RATIOS:
+        start: Counts = tuple(
+            max(least(group, floor), kept(group.width, ratio, group.each)) for group in groups
+        )
+        seen[start] = costs.whole(start) / whole
+        if ratio in STARTS:
+            seen |= _down(costs, damages, floor, goal, start, whole)
+    front: list[tuple[float, Counts]] = []
+    lowest = math.inf
+    for predicted, damage, counts in sorted(
+        (predicted, _total(damages, groups, counts), counts) for counts, predicted in seen.items()
+    ):
+        if predicted <= 1 and damage < lowest:
+            lowest = damage
+            front.append((predicted, counts))
+    front.reverse()
+    return Walk([counts for _, counts in front], [predicted for predicted, _ in front])
+
+
+def _total(damages: Sequence[Damage], groups: Sequence[Group], counts: Counts) -> float:
+    return sum(
+        damage(1 - count / group.width)
+        for damage, group, count in zip(damages, groups, counts, strict=True)
+    )
+
+
+def _down(
+    costs: Costs,
+    damages: Sequence[Damage],
+    floor: float,
+    goal: float,
+    counts: Counts,
+    whole: float,
+) -> dict[Counts, float]:
+    """The states of one walk and what they cost, as fractions of ``whole``."""
     ladders = [ladder(group.width, least(group, floor), group.each) for group in costs.groups]
-    rungs = [0] * len(ladders)
-    counts: Counts = tuple(steps[0] for steps in ladders)
-    whole = total = costs.whole(counts)
-    states, predicted = [counts], [1.0]
+    total = costs.whole(counts)
+    seen: dict[Counts, float] = {}
     offers: dict[int, Offer | None] = {}
     while total > whole * goal * BEYOND:
         for at, steps in enumerate(ladders):
             if at not in offers:
-                offers[at] = _offer(costs, damages[at], counts, at, steps[rungs[at] :], whole)
-        open_now = [(offer.price, at) for at, offer in offers.items() if offer]
+                near = [counts[at], *(count for count in steps if count < counts[at])]
+                offers[at] = _offer(costs, damages[at], counts, at, near[: 1 + AHEAD], whole)
+        open_now = [(offer, at) for at, offer in offers.items() if offer]
         if not open_now:
             break
-        _, at = min(open_now)
-        taken = offers[at]
-        assert taken is not None
-        rungs[at] += taken.down
+        taken, at = min(open_now)
         total -= taken.saved
-        counts = (*counts[:at], ladders[at][rungs[at]], *counts[at + 1 :])
-        states.append(counts)
-        predicted.append(total / whole)
+        counts = (*counts[:at], taken.units, *counts[at + 1 :])
+        seen[counts] = total / whole
         changed = set(costs.groups[at].layers)
         offers = {
             other: found
             for other, found in offers.items()
             if not changed & set(costs.groups[other].layers)
         }
-    return Walk(states, predicted)
+    return seen
 
 
 class Offer(NamedTuple):
-    """Going some rungs ``down`` on one ladder: the damage for what is saved, and what is saved."""
+    """Going down to so many ``units`` in one group: the damage for what is saved, and that."""
 
     price: float
-    down: int
+    units: int
     saved: float
 
 
 def _offer(
-    costs: Costs, damage: Damage, counts: Counts, at: int, steps: Sequence[int], whole: float
+    costs: Costs, damage: Damage, counts: Counts, at: int, near: Sequence[int], whole: float
 ) -> Offer | None:
-    """The nearest of the next rungs that saves something; ``None`` where none does."""
-    near = steps[: 1 + AHEAD]
+    """The cheapest of the next rungs; ``None`` where none saves anything."""
     tried = [(*counts[:at], count, *counts[at + 1 :]) for count in near]
     now, *later = costs.cost(costs.groups[at].layers, tried)
     width = costs.groups[at].width
     already = damage(1 - near[0] / width)
-    for down, cost in enumerate(later, 1):
-        saved = now - cost
-        if saved > WORTH * whole:
-            return Offer((damage(1 - near[down] / width) - already) / saved, down, saved)
-    return None
+    offers = [
+        Offer((damage(1 - count / width) - already) / (now - cost), count, now - cost)
+        for count, cost in zip(near[1:], later, strict=True)
+        if now - cost > WORTH * whole
+    ]
+    return min(offers, default=None)
 
 
 class Landing(NamedTuple):
@@ -276,7 +318,9 @@ def land(way: Walk, real: Callable[[Counts], float], goal: float, *, exact: bool
     ``exact``, else the nearest.
 
     An exact quantity is found by halving. A measured one is found by correcting the prediction with
-    what was measured; where no state is near enough, the neighbours of the nearest are measured.
+    what was measured; where no state is near enough, the neighbours of the nearest are measured,
+    and the first that is below the goal is taken: kernels step, and the walk went there because it
+    is cheap.
     """
     seen: dict[int, float] = {0: 1.0}
     last = len(way.states) - 1
@@ -306,6 +350,9 @@ def land(way: Walk, real: Callable[[Counts], float], goal: float, *, exact: bool
             for at in beside:
                 look(at)
             found = _nearest(seen, goal)
+        below = [at for at in seen if seen[at] <= goal]
+        if abs(seen[found] - goal) > NEAR * goal and below:
+            found = min(below)
     tried = [(way.predicted[at], seen[at]) for at in sorted(seen)]
     unreached = ""
     if min(seen.values()) > goal * (1 if exact else 1 + NEAR):
