@@ -34,15 +34,13 @@ from compressor.stages.export import export
 from compressor.stages.prune import Sound, prune, search, targets
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.ranking import chosen, least
-from compressor.stages.prune.rounding import RUNGS, ladder
+from compressor.stages.prune.rounding import RUNGS, kept, ladder
 from compressor.stages.prune.sensitivity import Damage
 from compressor.stages.prune.targets import (
-    AHEAD,
-    BEYOND,
     NEAR,
     QUANTITIES,
+    RATIOS,
     TRIES,
-    WORTH,
     Call,
     Costs,
     Counts,
@@ -179,7 +177,11 @@ def test_predicted_parameters_are_those_of_the_cut_model(name: str, data: st.Dat
     assert model.costs("params").whole(counts) == model.counted("params", counts)
 
 
-@pytest.mark.parametrize("name", [*CONVOLUTIONAL, *SEQUENCES, "mlp, layer norm", "subclass"])
+# A projection as wide as its cells is no LSTM of PyTorch, so counts cannot be drawn freely there.
+RUNNING = [name for name in SEQUENCES if name != "lstm, projected"]
+
+
+@pytest.mark.parametrize("name", [*CONVOLUTIONAL, *RUNNING, "mlp, layer norm", "subclass"])
 @settings(max_examples=6, phases=[Phase.generate])
 @given(st.data())
 def test_predicted_products_are_those_of_the_cut_model(name: str, data: st.DataObject) -> None:
@@ -227,48 +229,49 @@ def test_the_way_down(name: str, price: Price, data: st.DataObject) -> None:
     damage = [Damage(data.draw(st.floats(0, 10))) for _ in model.groups]
     costs = Costs(model.sound.model, model.groups, model.task, price)
     way = walk(costs, damage, floor, goal)
-    ladders = [ladder(group.width, least(group, floor), group.each) for group in model.groups]
-    whole = costs.whole(way.states[0])
-    assert way.states[0] == tuple(group.width for group in model.groups)
-    assert way.predicted[0] == 1
+    dense = tuple(group.width for group in model.groups)
+    whole = costs.whole(dense)
+
+    def total(counts: Counts) -> float:
+        return sum(
+            each(1 - count / width)
+            for each, count, width in zip(damage, counts, dense, strict=True)
+        )
+
+    assert way.states[0] == dense or total(way.states[0]) == 0
     assert len(way.states) == len(way.predicted)
     for counts, predicted in zip(way.states, way.predicted, strict=True):
         assert predicted == pytest.approx(costs.whole(counts) / whole)
-        for group, count, steps in zip(model.groups, counts, ladders, strict=True):
-            assert count in steps
-            assert count >= floor * group.width - 1e-6
-            assert count >= 1
-    for before, after in pairwise(way.states):
-        moved = [at for at in range(len(before)) if before[at] != after[at]]
-        assert len(moved) == 1
-        steps = ladders[moved[0]]
-        assert 1 <= steps.index(after[moved[0]]) - steps.index(before[moved[0]]) <= AHEAD
+        for group, count in zip(model.groups, counts, strict=True):
+            assert least(group, floor) <= count <= group.width
     for here, there in pairwise(way.predicted):
-        assert here - there > WORTH * (1 - 1e-6)
-    # It goes beyond the goal, and not further than it has to.
-    enough = goal * BEYOND
-    assert all(predicted > enough for predicted in way.predicted[:-1])
-    if way.predicted[-1] > enough:
-        for at, steps in enumerate(ladders):
-            rung = steps.index(way.states[-1][at])
-            for count in steps[rung + 1 : rung + 1 + AHEAD]:
-                lower = (*way.states[-1][:at], count, *way.states[-1][at + 1 :])
-                saved = costs.whole(way.states[-1]) - costs.whole(lower)
-                assert saved <= WORTH * whole * (1 + 1e-6)
+        assert here > there
+    for before, after in pairwise(way.states):
+        assert total(before) < total(after)
+    # No plain ratio is better than the way: somewhere on it costs no more and damages no more.
+    for ratio in RATIOS:
+        plain = tuple(
+            max(least(group, floor), kept(group.width, ratio, group.each)) for group in model.groups
+        )
+        assert any(
+            predicted <= costs.whole(plain) / whole + 1e-9
+            and total(counts) <= total(plain) * (1 + 1e-9)
+            for counts, predicted in zip(way.states, way.predicted, strict=True)
+        )
 
 
 def test_what_hurts_goes_last() -> None:
     model = judged("residual")
-    for harmful in range(len(model.groups)):
+    for harmful, group in enumerate(model.groups):
         damage = [Damage(1e6 if at == harmful else 1.0) for at in range(len(model.groups))]
         way = walk(model.costs("macs"), damage, 0.25, 0.01)
-        moved = [
-            next(at for at in range(len(before)) if before[at] != after[at])
-            for before, after in pairwise(way.states)
-        ]
-        first = moved.index(harmful)
-        assert set(moved[first:]) == {harmful}, "all others were at their floor by then"
-        assert {*moved[:first]} == {*range(len(model.groups))} - {harmful}
+        whole = [counts[harmful] == group.width for counts in way.states]
+        first = whole.index(False)
+        assert first > 1, "others go first"
+        assert not any(whole[first:])
+        spared = way.states[first - 1]
+        others = [at for at in range(len(model.groups)) if at != harmful]
+        assert all(spared[at] < model.groups[at].width for at in others)
 
 
 def test_equal_damage_goes_where_the_cost_is() -> None:
