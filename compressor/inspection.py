@@ -122,7 +122,7 @@ def inspect(
     # Two groups may have one name (the heads of attention and what it puts out): order decides.
     every = zip(sensitivities(task, attention=attention), able, strict=True)
     found = [(curve, group.kind) for curve, group in every if group is not None]
-    found.sort(key=lambda pair: _damage(pair[0]), reverse=True)
+    found.sort(key=lambda pair: pair[0].at_half(), reverse=True)
     document["sensitivity"] = {
         "on": "synthetic" if task.splits is None else "calibrate",
         "metric": None if task.splits is None else task.metric,
@@ -305,12 +305,6 @@ def _int8(dense: nn.Module, task: Task) -> dict[str, list[str]]:
 
 
 # What hurts.
-
-
-def _damage(curve: Curve) -> float:
-    """What half of the units cost; a group whose loss is not finite hurts most."""
-    damage = curve.at_half()
-    return damage if math.isfinite(damage) else math.inf
 
 
 def _curve(curve: Curve, kind: str) -> Document:

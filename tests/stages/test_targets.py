@@ -37,22 +37,16 @@ from compressor.stages.prune.ranking import chosen, least
 from compressor.stages.prune.rounding import RUNGS, kept, ladder
 from compressor.stages.prune.sensitivity import Damage
 from compressor.stages.prune.targets import (
-    NEAR,
     QUANTITIES,
-    RATIOS,
-    TRIES,
     Call,
     Costs,
     Counts,
     Price,
     Quantity,
-    Walk,
-    closer,
-    land,
     price_of,
     real_of,
-    walk,
 )
+from compressor.stages.prune.way import NEAR, RATIOS, TRIES, Walk, closer, land, walk
 from compressor.task import Array
 
 SHAPE = (1, 8, 8)

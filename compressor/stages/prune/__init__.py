@@ -21,7 +21,6 @@ from compressor.stages.distill import recover
 from compressor.stages.mask import held
 from compressor.stages.prune.criteria import NEED_DATA, scored
 from compressor.stages.prune.group import Group
-from compressor.stages.prune.proof import masked_copy
 from compressor.stages.prune.ranking import RANKINGS, chosen
 from compressor.stages.prune.search import Search, searched
 from compressor.stages.prune.sensitivity import Curve, curves
@@ -30,7 +29,7 @@ from compressor.stages.prune.targets import QUANTITIES, Quantity
 from compressor.stages.threads import one_thread
 from compressor.task import Task
 
-__all__ = ["Curve", "Sound", "asked", "masked_copy", "prune", "sensitivities", "suited"]
+__all__ = ["Curve", "Sound", "asked", "prune", "sensitivities", "suited"]
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 

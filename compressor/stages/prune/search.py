@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from compressor.loading.edits import Edit
@@ -13,17 +13,8 @@ from compressor.stages.prune.ranking import chosen, least
 from compressor.stages.prune.rounding import ladder
 from compressor.stages.prune.sensitivity import Damage, curves, damages
 from compressor.stages.prune.sound import Sound
-from compressor.stages.prune.targets import (
-    Costs,
-    Counts,
-    Landing,
-    Quantity,
-    closer,
-    land,
-    price_of,
-    real_of,
-    walk,
-)
+from compressor.stages.prune.targets import Costs, Counts, Quantity, price_of, real_of
+from compressor.stages.prune.way import Landing, closer, land, walk
 from compressor.task import Task
 
 
@@ -125,14 +116,16 @@ def _work(sound: Sound, groups: Sequence[Group], task: Task) -> list[float]:
     return shares
 
 
-def _landed(what: Search, costs: Costs, damage: Sequence[Damage], cost: Any) -> Landing:
+def _landed(
+    what: Search, costs: Costs, damage: Sequence[Damage], cost: Callable[[Counts], float]
+) -> Landing:
     exact = what.quantity != "latency"
     way = walk(costs, damage, what.floor, what.amount)
     landed = land(way, cost, what.amount, exact=exact)
     if exact and not landed.unreached:
         nearer = closer(costs, way.before(landed.counts), what.floor, what.amount)
-        if nearer not in (None, landed.counts):
-            assert nearer is not None
-            if landed.reached < (share := cost(nearer)) <= what.amount:
+        if nearer and nearer != landed.counts:
+            share = cost(nearer)
+            if landed.reached < share <= what.amount:
                 return landed._replace(counts=nearer, reached=share)
     return landed

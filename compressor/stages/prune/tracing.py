@@ -164,7 +164,7 @@ class Dye:
         finally:
             for parameter, clean in reversed(stained):
                 parameter.data.copy_(clean)
-        reached = any(bool(_stained(each).any()) for each in outputs if each.is_floating_point())
+        reached = any(bool(each.isnan().any()) for each in outputs if each.is_floating_point())
         return self.seen, reached
 
     def _run(self) -> Any:
@@ -269,15 +269,11 @@ def _mapped(function: Any, output: Any) -> Any:
     return output
 
 
-def _stained(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.isnan()
-
-
 def _channels(module: nn.Module, kind: Kind, given: torch.Tensor) -> torch.Tensor:
     """Which channels of an input hold a NaN anywhere."""
     axis = channel_axis(module, kind, given.ndim)
     rest = [at for at in range(given.ndim) if at != axis]
-    return _stained(given).any(dim=rest) if rest else _stained(given)
+    return given.isnan().any(dim=rest) if rest else given.isnan()
 
 
 def traced(dense: nn.Module, examples: Inputs) -> Trace:
