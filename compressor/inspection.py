@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.counting import macs, params
 from compressor.measure.shapes import layers_of
-from compressor.report import plots
-from compressor.report.table import count, plain, render, score, size
+from compressor.report import inspected, plots
+from compressor.report.inspected import FEW
+from compressor.report.table import plain
 from compressor.stages.prune import Sound, sensitivities
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.sensitivity import SHARES, Curve
@@ -52,9 +53,6 @@ INT8: dict[str, tuple[type[nn.Module], ...]] = {
 """Layers whose weights become 8-bit, by scheme: those that export to an operator which
 :mod:`compressor.stages.quantize` names (dynamic) or which has an 8-bit kernel (static)."""
 
-FEW = 3
-"""Names that a cell of a table has room for."""
-
 
 @dataclass(frozen=True)
 class Inspection:
@@ -68,7 +66,7 @@ class Inspection:
     plot: Path | None = None
 
     def __str__(self) -> str:
-        return "\n\n".join(_parts(self.document))
+        return "\n\n".join(inspected.parts(self.document))
 
 
 def inspect(
@@ -126,6 +124,7 @@ def inspect(
     document["sensitivity"] = {
         "on": "synthetic" if task.splits is None else "calibrate",
         "metric": None if task.splits is None else task.metric,
+        "asked": list(SHARES),
         "curves": [_curve(curve, kind) for curve, kind in found],
     }
     return Inspection(document, *_written(folder, document))
@@ -352,111 +351,3 @@ def _written(folder: Path, document: Document) -> tuple[Path, Path]:
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written: {error.strerror}") from None
     return curves, plot
-
-
-# The text.
-
-
-def _parts(document: Document) -> Iterator[str]:
-    header = ["model", plain(document["name"])]
-    yield render(header, list(_facts(document)), markdown=False, left=2)
-    if document["failed"]:
-        yield f"pruning: cannot be followed: {plain(document['failed'])}"
-    elif document["groups"]:
-        header = ["can be pruned", "units are", "with it", "units", "params", "MACs"]
-        rows = [
-            [
-                plain(row["layer"]),
-                row["kind"],
-                _few([layer for layer in row["layers"] if layer != row["layer"]]),
-                str(row["units"]),
-                f"{row['params_share']:.1%}",
-                f"{row['macs_share']:.1%}",
-            ]
-            for row in document["groups"]
-        ]
-        yield (
-            render(header, rows, markdown=False, left=3)
-            + "\nparams and MACs: the part that the channels carry; "
-            "weights between two groups count for both"
-        )
-    else:
-        yield "pruning: nothing can be cut"
-    if document["left_alone"]:
-        rows = [[plain(row["layer"]), plain(row["reason"])] for row in document["left_alone"]]
-        yield render(["left alone", "reason"], rows, markdown=False, left=2)
-    yield render(["int8", "layers"], list(_schemes(document)), markdown=False, left=2)
-    if "sensitivity" in document:
-        yield _sensitivity(document["sensitivity"])
-
-
-def _facts(document: Document) -> Iterator[list[str]]:
-    if document["file"] is not None:
-        yield ["file", plain(document["file"])]
-    yield ["format", document["format"]]
-    yield ["sha256", document["sha256"]]
-    if document["factory"] is not None:
-        yield ["factory", plain(document["factory"])]
-    if document["file"] is not None:
-        yield ["loading runs", plain(", ".join(document["executes"])) or "nothing"]
-    yield ["parameters", f"{count(document['params'])} ({document['params']:,})"]
-    yield ["MACs per example", f"{count(document['macs'])} ({document['macs']:,})"]
-    yield ["state", f"{size(document['state_bytes'])} ({document['state_bytes']:,} bytes)"]
-    for given in document["inputs"]:
-        yield ["input", f"{plain(given['name'])}: {given['dtype']} {_times(given['shape'])}"]
-    for made in document["outputs"]:
-        yield ["output", f"{made['dtype']} {_times(made['shape'])}"]
-    if document["data"] is None:
-        yield ["task", f"{document['kind']}, no data"]
-    else:
-        yield ["task", f"{document['kind']}, {document['metric']} on {plain(document['data'])}"]
-
-
-def _schemes(document: Document) -> Iterator[list[str]]:
-    found = document["int8"]
-    yield ["dynamic", _few(found["dynamic"]) or "none"]
-    static = _few(found["static"])
-    yield ["static", f"{static}, and the operators between" if static else "none"]
-    if found["float"]:
-        yield ["stay float", _few(found["float"])]
-
-
-def _few(names: Sequence[str]) -> str:
-    """The names, or how many there are."""
-    if len(names) > FEW:
-        return f"{len(names)} layers"
-    return ", ".join(plain(name) or "the model itself" for name in names)
-
-
-def _times(shape: Sequence[str | int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _sensitivity(found: Document) -> str:
-    """The table of curves: what is lost when a share of one group's units is zeroed alone."""
-    metric = found["metric"]
-    rows = []
-    for curve in found["curves"]:
-        row = [plain(curve["layer"]), curve["kind"]]
-        for name in ("loss", "metric")[: 1 if metric is None else 2]:
-            row += [
-                score(value) + ("" if abs(share - asked) < 0.02 else f" ({share:.0%} cut)")
-                for asked, share, value in zip(
-                    SHARES, curve["shares"][1:], curve[name][1:], strict=True
-                )
-            ]
-        rows.append(row)
-    what = "output change" if metric is None else "loss +"
-    header = ["sensitivity", "units are", *(f"{what} {share:.0%}" for share in SHARES)]
-    if metric is not None:
-        header += [f"{plain(metric)} {share:.0%}" for share in SHARES]
-    where = (
-        "on the calibration split"
-        if metric is not None
-        else "no data: changes of the output, squared and relative to its variance, on made-up "
-        "inputs"
-    )
-    whole = found["curves"][0]["metric"][0]
-    with_all = "" if metric is None else f"; {plain(metric)} of the whole model {score(whole)}"
-    table = render(header, rows, markdown=False, left=2)
-    return f"{table}\nunits of one group zeroed, {where}{with_all}"
