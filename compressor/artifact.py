@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,12 +48,20 @@ class Artifact:
         )
 
     def then(
-        self, path: Path, form: str, stage: str, settings: Mapping[str, Any], **facts: Any
+        self,
+        path: Path,
+        form: str,
+        stage: str,
+        settings: Mapping[str, Any],
+        *,
+        companions: Iterable[Path] = (),
+        **facts: Any,
     ) -> Artifact:
         """The next artifact: the file at ``path``, made from this one by ``stage``."""
         record = {"stage": stage, "settings": dict(settings), "facts": facts}
         source = self.path if (self.form, form) == ("torch", "onnx") else None
-        return Artifact.of(path, form, steps=(*self.steps, record), source=source)
+        steps = (*self.steps, record)
+        return Artifact.of(path, form, steps=steps, source=source, companions=companions)
 
     def checked(self) -> Artifact:
         """This artifact, after its file was compared with its digest.

@@ -18,6 +18,7 @@ import typer
 
 from compressor import __version__
 from compressor.errors import BudgetError, CompressorError, InputError, StageError, one_line
+from compressor.measurement import PLACES
 from compressor.recipe import QUANTIZE
 
 if TYPE_CHECKING:
@@ -65,8 +66,18 @@ def run(
     max_drop: Annotated[
         float | None, typer.Option(help="budget: accuracy that may be lost (default 0.01)")
     ] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(help="seconds after which searches end with the best that they have"),
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="the metric that the budget uses")] = None,
-    provider: Annotated[str, typer.Option(help="where to measure, first is primary")] = "cpu,cuda",
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            help=f"where to measure, first is primary: {', '.join(PLACES)} (default: cpu, cuda, "
+            "and openvino where it is installed)"
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="batch sizes to measure")] = "1",
     threads: Annotated[
         str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
@@ -102,6 +113,7 @@ def run(
                 arch=arch,
                 **flags,
                 max_drop=max_drop,
+                time_budget=time_budget,
                 metric=metric,
                 provider=provider,
                 batch=_whole("--batch", batch),
@@ -212,11 +224,11 @@ def report(
 
 @app.command()
 def doctor() -> None:
-    """Print versions, the CPU features that decide int8 speed, and providers."""
+    """Print versions, the CPU features that decide int8 speed, runtimes and providers."""
     with guarded(False):
-        from compressor.measure.environment import environment
+        from compressor.measure.environment import absent, environment
         from compressor.measure.process import Worker
-        from compressor.measurement import PROVIDERS
+        from compressor.measurement import PROVIDERS, Target
 
         facts = environment()
         cpu = facts["cpu"]
@@ -226,8 +238,12 @@ def doctor() -> None:
         print(f"{'features':14} {' '.join(cpu['features']) or 'none of those that matter'}")
         with Worker() as worker:
             present = worker.ask("providers")["providers"]
-        for name, provider in PROVIDERS.items():
-            print(f"{name:14} {'present' if provider in present else 'absent'} ({provider})")
+        for name, (runtime, provider) in PLACES.items():
+            why = absent(Target(runtime, provider), present)
+            what = PROVIDERS[provider] if runtime == Target.runtime else f"{runtime} on {provider}"
+            # A runtime that is a package of ours to install says how; a provider is another build.
+            how = f": {why}" if why and runtime != Target.runtime else ""
+            print(f"{name:14} {'absent' if why else 'present'} ({what}){how}")
 
 
 @app.callback(invoke_without_command=True)
@@ -254,8 +270,9 @@ def guarded(debug: bool) -> Iterator[None]:
         if debug:
             raise
         _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _end("interrupted; what was finished is kept, the same command goes on", INTERRUPTED)
+    except KeyboardInterrupt as stopped:
+        kept = f"{stopped}, " if str(stopped) else ""
+        _end(f"interrupted; {kept}what was finished is kept, the same command goes on", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,11 +9,21 @@ from typing import Any
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "openvino-ep": "OpenVINOExecutionProvider",
 }
-"""Names on the command line and what onnxruntime calls them."""
+"""Providers of a target, and what onnxruntime calls them."""
+
+PLACES = {**{name: ("onnxruntime", name) for name in PROVIDERS}, "openvino": ("openvino", "cpu")}
+"""What ``--provider`` may say: the runtime and its provider. OpenVINO's own runtime is one."""
 
 SETTINGS: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
 """Session settings used for every row. Spinning is off: idle workers must not take a core."""
+
+OPENVINO: dict[str, str] = {"NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"}
+"""The same for OpenVINO: all threads work on one call. The model's precision is added to it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,8 @@ class Target:
 
     def __str__(self) -> str:
         threads = "thread" if self.threads == 1 else "threads"
-        return f"{self.provider}, batch {self.batch}, {self.threads} {threads}"
+        runtime = "" if self.runtime == Target.runtime else f", {self.runtime}"
+        return f"{self.provider}, batch {self.batch}, {self.threads} {threads}{runtime}"
 
     def to_json(self) -> dict[str, Any]:
         """The four fields as the report names them."""

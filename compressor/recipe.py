@@ -10,14 +10,19 @@ from typing import Any
 
 from compressor.errors import InputError
 
-QUANTIZE = {
+QUANTIZE: dict[str, tuple[str, ...]] = {
     "none": (),
     "fp16": ("fp16",),
+    "bf16": ("bf16",),
     "int8": ("dynamic", "static"),
     "int8-dynamic": ("dynamic",),
     "int8-static": ("static",),
+    "int8-qat": ("qat",),
+    "int8-weights": ("weights",),
+    "int4": ("int4",),
 }
-"""What ``--quantize`` may say, and the schemes that it tries, each its own step."""
+"""What ``--quantize`` may say, and what it tries, each its own step: schemes of the stage
+``quantize``, or the stage ``qat``, which trains."""
 
 PRUNE = ("ratio", "macs", "params", "size", "latency", "widths")
 """Settings of pruning that say how much; ``--prune`` replaces all of them."""
@@ -28,8 +33,16 @@ NAMES = {
     "sparsify": "sparsified",
     "mask": "masked",
     "export": "exported",
+    "qat": "int8-qat",
 }
-SCHEMES = {"dynamic": "int8-dynamic", "static": "int8-static", "fp16": "fp16"}
+SCHEMES = {
+    "dynamic": "int8-dynamic",
+    "static": "int8-static",
+    "weights": "int8-weights",
+    "int4": "int4",
+    "fp16": "fp16",
+    "bf16": "bf16",
+}
 BASELINE = "baseline"
 
 
@@ -142,10 +155,13 @@ def edited(
         replace(step, settings={**step.settings, **flags.get(step.stage, {})}) for step in changed
     ]
     if quantize is not None:
-        changed = _without(changed, "quantize")
+        changed = _without(_without(changed, "quantize"), "qat")
         source = named(changed)[-1].name if changed else BASELINE
         changed += [
-            Step("quantize", {"scheme": scheme}, source=source) for scheme in QUANTIZE[quantize]
+            Step("qat", source=source)
+            if scheme == "qat"
+            else Step("quantize", {"scheme": scheme}, source=source)
+            for scheme in QUANTIZE[quantize]
         ]
     return changed
 

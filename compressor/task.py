@@ -123,7 +123,9 @@ class Task:
     ``model`` gives a fresh copy of the trained reference (also the teacher) at every call.
     ``source`` says in plain values how a file can name that model again. ``data`` is the spec that
     the splits came from; without data ``splits`` is ``None`` and nothing is trained or judged.
-    ``target`` is where the model will run: stages that look at latency measure there.
+    ``target`` is where the model will run: stages that look at latency measure there. ``budget`` is
+    the accuracy that may be lost (absolute for bounded metrics, relative for errors); ``until`` the
+    time of :func:`time.monotonic` at which searches end with the best that they have.
     """
 
     name: str
@@ -136,6 +138,8 @@ class Task:
     data: str | None = None
     seed: int = 0
     target: Target = HERE
+    budget: float = 0.01
+    until: float | None = None
 
     def examples(self, count: int) -> Inputs:
         """``count`` seeded synthetic inputs, each of shape ``(count, *shape)``."""

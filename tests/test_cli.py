@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from compressor.cli import app
+from compressor.measurement import PLACES
 from compressor.recipe import named, read
 from compressor.report import Report
 
@@ -322,6 +323,20 @@ def test_doctor() -> None:
     assert result.exit_code == 0
     assert "onnxruntime" in result.stdout
     assert "present (CPUExecutionProvider)" in result.stdout
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in result.stdout.splitlines()}
+    assert set(PLACES) <= set(lines)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_doctor_says_how_to_install_openvino(here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compressor.measure.environment.installed", lambda package: here)
+    line = next(line for line in call("doctor").stdout.splitlines() if "openvino on cpu" in line)
+    assert line.split(maxsplit=1)[1] == (
+        "present (openvino on cpu)"
+        if here
+        else "absent (openvino on cpu): OpenVINO is not installed: "
+        "pip install 'compressor[openvino]'"
+    )
 
 
 # As processes.

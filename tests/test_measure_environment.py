@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from compressor.measure import environment as facts
-from compressor.measure.environment import cores, cpu, environment, has_vnni
-from compressor.measurement import SETTINGS
+from compressor.measure.environment import absent, cores, cpu, environment, has_vnni
+from compressor.measurement import PROVIDERS, SETTINGS, Target
 
 ARM = "processor : 0\nFeatures : fp asimd asimddp i8mm sve\nCPU part : 0xd40\n"
 
@@ -82,6 +82,21 @@ def test_a_system_without_cpuinfo_still_has_a_model(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "read_text", missing)
     assert cpu()["model"]
     assert cpu()["features"] == []
+
+
+@pytest.mark.parametrize(("provider", "name"), list(PROVIDERS.items()))
+def test_a_provider_is_absent_where_onnxruntime_lacks_it(provider: str, name: str) -> None:
+    assert absent(Target(provider=provider), [name]) is None
+    assert absent(Target(provider=provider), []) == f"onnxruntime here has no {name}"
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_openvino_is_absent_where_it_is_not_installed(
+    here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "installed", lambda package: here and package == "openvino")
+    why = absent(Target("openvino"), ["CPUExecutionProvider"])
+    assert why == (None if here else facts.NO_OPENVINO)
 
 
 def test_asking_imports_nothing_heavy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Scripted:
         return answer
 
     def load(self, before: int, **request: Any) -> dict[str, Any]:
-        return {"load_ms": 1.5}
+        return {"load_ms": 1.5, "session": {"settings": {}, "disabled": request["disabled"]}}
 
     def take(self, before: int, **request: Any) -> dict[str, Any]:
         return {}
@@ -99,6 +100,10 @@ class Scripted:
 
     def memory(self, before: int) -> dict[str, Any]:
         return {"peak_rss_bytes": 1 << 20}
+
+    def placement(self, before: int, **request: Any) -> dict[str, Any]:
+        kernel = {"name": "add", "op": "Add", "provider": "CPU", "us": [3.0, 1.0, 1.0]}
+        return {"kernels": [kernel], "assigned": {"CPU": 2}, "graph": None}
 
     def predict(self, before: int, inputs: list[str], start: int, stop: int, out: str) -> Any:
         np.save(out, np.load(inputs[0])[start:stop] * 2)
@@ -295,6 +300,63 @@ def test_without_the_control_only_the_noise_floor_is_missing(verb: str, before: 
     assert verdict.floor_of(observed) is None
     rows = verdict.rows(observed, TARGET, TASK, True)
     assert [row["speedup"]["verdict"] for row in rows] == ["same"] * 3
+
+
+def test_optimizers_that_hurt_an_artifact_reach_its_worker_and_its_row() -> None:
+    lab = Lab()
+    given = artifacts()
+    given[2] = replace(given[2], steps=({"stage": "quantize", "facts": {"disabled": ["Gelu"]}},))
+    target = Target("openvino", batch=2)
+    observed = observe(given, target, FEED, seconds=0, start=lab.start, clock=lab.clock)
+    asked = {name: (r["runtime"], r["disabled"]) for name, _, r, _ in lab.asked("load")}
+    assert asked == {
+        **dict.fromkeys(("baseline", "pruned", CONTROL), ("openvino", [])),
+        "int8": ("openvino", ["Gelu"]),
+    }
+    rows = {row["artifact"]: row for row in verdict.rows(observed, target, TASK, True)}
+    assert rows["int8"]["session"] == {"settings": {}, "disabled": ["Gelu"]}
+
+
+def test_placement_is_asked_last_and_costs_no_row_when_it_fails() -> None:
+    lab = Lab(fails={("pruned", "placement", 0): "no profile"})
+    observed = seen(lab, seconds=0, predict={"test": FEED})
+    rows = {row["artifact"]: row for row in verdict.rows(observed, TARGET, TASK, True)}
+    assert rows["pruned"]["placement"] is None
+    assert rows["pruned"]["latency_ms"]["n"]
+    assert rows["int8"]["placement"]["nodes"] == {"CPU": 1}
+    assert rows["int8"]["placement"]["operators"] == [{"op": "Add", "nodes": 1, "ms": 0.001}]
+    assert [verb for name, verb, *_ in lab.log if name == "int8"][-1] == "placement"
+    assert not lab.asked("placement", CONTROL)
+
+
+def test_a_duel_takes_turns_between_targets() -> None:
+    """The stand-in takes the second worker of an artifact for the control: here, the other
+    runtime's."""
+    lab = Lab({"baseline": 4_000_000, CONTROL: 2_000_000})
+    both = Target(batch=2), Target("openvino", batch=2)
+    observed = protocol.duel(
+        artifacts()[0], both, FEED, seconds=0, start=lab.start, clock=lab.clock
+    )
+    assert all(sorted(one) == ["baseline", CONTROL] for one in chunks(lab.rounds(), 2))
+    assert {one.artifact for one in observed.measurements} == {protocol.DUEL}
+    found = verdict.between(observed, *both, 0.0, seed=0)
+    assert found is not None
+    assert found["value"] == pytest.approx(2, abs=1e-3)
+    assert found["verdict"] == "faster"
+    assert verdict.between(observed, both[1], both[0], 0.0, seed=0)["verdict"] == "slower"  # type: ignore[index]
+    assert lab.opened == lab.closed == 2
+
+
+def test_a_duel_that_one_cannot_fight_has_no_ratio() -> None:
+    lab = Lab(fails={(CONTROL, "load", 0): "unsupported operator"})
+    both = Target(batch=2), Target("openvino", batch=2)
+    observed = protocol.duel(
+        artifacts()[0], both, FEED, seconds=0, start=lab.start, clock=lab.clock
+    )
+    assert verdict.between(observed, *both, 0.0, seed=0) is None
+    assert {m.skipped for m in observed.measurements if m.target == both[1]} == {
+        "unsupported operator"
+    }
 
 
 def test_where_nothing_loads_there_are_only_reasons() -> None:

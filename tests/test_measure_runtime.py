@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from compressor.errors import InputError
 from compressor.measure import runtime
 from compressor.measure.environment import cores
 from compressor.measure.runtime import ProviderAbsent, open_session, session
-from compressor.measurement import SETTINGS
+from compressor.measurement import OPENVINO, SETTINGS
 
 
 @pytest.fixture
@@ -43,9 +45,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``session`` asks of ``open_session``."""
     seen: dict[str, Any] = {}
 
-    def opened(path: Path, provider: str, threads: int, settings: Any) -> Any:
+    def opened(
+        path: Path, provider: str, threads: int, settings: Any, disabled: Any, runtime: str
+    ) -> Any:
         seen.update(path=path, provider=provider, threads=threads, settings=settings)
-        return open_session(path, "cpu", threads, settings)
+        seen.update(disabled=disabled, runtime=runtime)
+        return open_session(path, "cpu", threads, settings, disabled)
 
     monkeypatch.setattr(runtime, "open_session", opened)
     return seen
@@ -64,7 +69,13 @@ def test_another_number_of_inputs_is_refused(best: Path, given: int) -> None:
 
 
 def test_the_runs_settings_are_used(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"provider": "cuda", "threads": 1, "settings": {"session.intra_op.allow_spinning": "0"}}
+    said = {
+        "runtime": "openvino",
+        "provider": "cuda",
+        "threads": 1,
+        "settings": {"session.intra_op.allow_spinning": "0"},
+        "disabled": ["SkipLayerNormFusion"],
+    }
     best.with_suffix(".json").write_text(json.dumps(said))
     for path in (best, best.parent, str(best.parent)):
         seen = asked(monkeypatch)
@@ -79,7 +90,14 @@ def test_any_other_file_gets_the_cpu_and_every_core(
     other = best.rename(best.with_name("model.onnx"))
     other.with_suffix(".json").write_text("a file of somebody else")
     session(other)
-    assert seen == {"path": other, "provider": "cpu", "threads": cores(), "settings": {}}
+    assert seen == {
+        "path": other,
+        "runtime": "onnxruntime",
+        "provider": "cpu",
+        "threads": cores(),
+        "settings": {},
+        "disabled": (),
+    }
 
 
 @pytest.mark.parametrize("name", ["missing.onnx", "."])
@@ -126,13 +144,14 @@ def test_threads_and_settings_reach_onnxruntime(
     seen: list[Any] = []
     real = onnxruntime.InferenceSession
 
-    def watched(path: str, options: Any, providers: list[str]) -> Any:
-        seen.append((options, providers))
-        return real(path, options, providers=providers)
+    def watched(path: str, options: Any, providers: list[str], **more: Any) -> Any:
+        seen.append((options, providers, more))
+        return real(path, options, providers=providers, **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
-    open_session(best, threads=2)
-    ((options, providers),) = seen
+    open_session(best, threads=2, disabled=("SkipLayerNormFusion",))
+    ((options, providers, more),) = seen
+    assert more == {"disabled_optimizers": ["SkipLayerNormFusion"]}
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
     assert providers == ["CPUExecutionProvider"]
     for key, value in SETTINGS.items():
@@ -151,6 +170,60 @@ def test_a_session_that_falls_back_is_refused(best: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(ProviderAbsent, match="fell back to CPUExecutionProvider"):
         open_session(best, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("runtime_", "provider", "said"),
+    [
+        ("tflite", "cpu", "runtime 'tflite': choose from onnxruntime, openvino"),
+        ("openvino", "cuda", "provider 'cuda' of OpenVINO: only cpu"),
+    ],
+)
+def test_a_runtime_that_cannot_be_meant_is_named(
+    best: Path, runtime_: str, provider: str, said: str
+) -> None:
+    with pytest.raises(ProviderAbsent, match=said):
+        open_session(best, provider, runtime=runtime_)
+
+
+def test_without_openvino_the_line_says_how_to_install_it(
+    best: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    best.with_suffix(".json").write_text('{"runtime": "openvino"}')
+    with pytest.raises(ProviderAbsent, match=r"pip install 'compressor\[openvino\]'"):
+        session(best)
+
+
+def test_openvino_gives_the_same_numbers_by_its_own_runtime(best: Path) -> None:
+    pytest.importorskip("openvino")
+    best.with_suffix(".json").write_text('{"runtime": "openvino", "threads": 1}')
+    a = np.arange(10, dtype=np.float32).reshape(5, 2)
+    for batch in (a, a[:1]):
+        total, product = session(best)(batch, batch)
+        np.testing.assert_array_equal(total, 2 * batch)
+        np.testing.assert_array_equal(product, batch * batch)
+
+
+@pytest.mark.parametrize(("kind", "hint"), [("FLOAT", "f32"), ("FLOAT16", "f16")])
+def test_openvino_keeps_the_files_precision(tmp_path: Path, kind: str, hint: str) -> None:
+    pytest.importorskip("openvino")
+    of = [helper.make_tensor_value_info(n, getattr(TensorProto, kind), ["n", 2]) for n in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", of[:1], of[1:])
+    opset = [helper.make_opsetid("", 17)]
+    save_model(helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "one.onnx")
+    opened = open_session(tmp_path / "one.onnx", runtime="openvino")
+    assert opened.settings == {**OPENVINO, "INFERENCE_PRECISION_HINT": hint}
+
+
+def test_openvino_starts_without_its_telemetry() -> None:
+    pytest.importorskip("openvino")
+    code = (
+        "import sys; from compressor.measure.runtime import import_openvino; import_openvino();"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_telemetry_is_off_in_this_process() -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, save_model
 from compressor.artifact import Artifact
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.protocol import observe
-from compressor.measurement import Target
+from compressor.measurement import SETTINGS, Target
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
 
@@ -114,7 +114,9 @@ def test_calls_are_timed_by_the_clock(relu: Path, tmp_path: Path) -> None:
 
     ticks = iter(range(0, 1000, 10))
     holder = Holder(clock=lambda: next(ticks))
-    assert holder.load(str(relu), "cpu", 1) == {"load_ms": 10 / 1e6}
+    session = {"settings": SETTINGS, "disabled": ["ReluQuantFusion"]}
+    loaded = holder.load(str(relu), "cpu", 1, disabled=["ReluQuantFusion"])
+    assert loaded == {"load_ms": 10 / 1e6, "session": session}
     holder.take(stored(tmp_path, *FEED), batch=1)
     assert holder.time(3) == {"ns": [10, 10, 10], "elapsed_ns": 70}
 

@@ -72,6 +72,28 @@ ROWS: list[tuple[Any, ...]] = [
 ]  # fmt: skip
 
 
+def placement(name: str, p50: float) -> dict[str, Any]:
+    """Two nodes, the second by another name in the 8-bit model."""
+    conv = "QLinearConv" if name == "int8-static" else "Conv"
+    found = {
+        "nodes": {"CPUExecutionProvider": 2},
+        "assigned": {"CPUExecutionProvider": 9},
+        "share": {"CPUExecutionProvider": 1.0},
+        "memcpy": 0,
+        "quantize": 1 if name == "int8-static" else 0,
+        "dequantize": 0,
+        "unfused": 0,
+        "operators": [
+            {"op": conv, "nodes": 1, "ms": p50 * 0.8},
+            {"op": "Gemm", "nodes": 1, "ms": p50 * 0.1},
+        ],
+        "dearest": [
+            {"node": f"/{conv}|1", "op": conv, "provider": "CPUExecutionProvider", "ms": p50 * 0.8},
+        ],
+    }
+    return copy.deepcopy(found)
+
+
 def document(**changes: Any) -> dict[str, Any]:
     """A run of the CNN on digits as a schema 1 document, fresh at every call; keywords replace
     top-level fields."""
@@ -130,6 +152,9 @@ def document(**changes: Any) -> dict[str, Any]:
                         "verdict": verdict,
                     },
                     "noise": [],
+                    "session": {"settings": {"session.intra_op.allow_spinning": "0"},
+                                "disabled": ["SkipLayerNormFusion"]},
+                    "placement": placement(name, p50),
                 }
             )
         measurements.append({"artifact": name, **CUDA.to_json(), "skipped": NO_CUDA})
@@ -176,6 +201,10 @@ def document(**changes: Any) -> dict[str, Any]:
                     "peak_rss_bytes": 412_000_000, "cached": stage == "prune"}
                    for stage, name in zip(stages, took, strict=True)],
         "samples": "samples.npz",
+        "runtimes": {"artifact": "int8-static", "runtime": "openvino", "versus": "onnxruntime",
+                     "value": 0.42, "low": 0.41, "high": 0.44, "verdict": "slower",
+                     "drop": {"value": 0.0011, "low": -0.002, "high": 0.0042},
+                     "within_budget": True},
     }
     # fmt: on
     return copy.deepcopy({**whole, **changes})
@@ -243,9 +272,12 @@ def test_schema_is_a_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(schema())
 
 
-FREE = {"settings", "facts", "threads", "session_settings"}
+FREE = {"settings", "facts", "threads", "session_settings", "nodes", "assigned", "share"}
 OPTIONAL = {
     *zip(["finished", "model", "max_drop", "primary", "recommendation", "warnings"], strict=True),
+    ("runtimes",),
+    ("measurements", "[]", "session"),
+    ("measurements", "[]", "placement"),
     ("environment", "session_settings"),
     *(("environment", "versions", name) for name in ("torch", "onnx", "torch_pruning")),
     ("environment", "versions", "compressor"),
@@ -320,6 +352,33 @@ def test_schema_says_where(path: tuple[Any, ...], wrong: Any, where: str) -> Non
     broken = document()
     _at(broken, path[:-1])[path[-1]] = wrong
     assert str(problem(broken)).startswith(where)
+
+
+def test_the_page_says_where_the_time_goes() -> None:
+    page = markdown(document())
+    section = page.split("## Where the time goes")[1].split("\n## ")[0]
+    operators, nodes = section.strip().split("\n\n")
+    assert cells(operators, markdown=True) == [
+        ["operator", "baseline nodes", "ms", "int8-static nodes", "ms"],
+        ["Conv", "1", "0.209", "0", "0"],
+        ["QLinearConv", "0", "0", "1", "0.0585"],
+        ["Gemm", "1", "0.0261", "1", "0.00731"],
+    ]
+    assert cells(nodes, markdown=True)[1:] == [
+        ["/QLinearConv|1", "QLinearConv", "CPUExecutionProvider", "0.0585"]
+    ]
+    line = "placement of int8-static: nodes that ran: 2 on CPUExecutionProvider (100% of the time);"
+    assert f"{line} 1 QuantizeLinear\n" in page
+    assert line in Report(document(), Path("run")).table()
+
+
+def test_a_report_of_before_has_no_placement() -> None:
+    old = document()
+    for row in old["measurements"]:
+        row.pop("placement", None)
+    assert "placement" not in markdown(old)
+    assert "Where the time goes" not in markdown(old)
+    assert "placement" not in Report(old, Path("run")).table()
 
 
 def test_a_problem_is_one_short_line() -> None:
@@ -481,10 +540,10 @@ def test_no_name_breaks_a_row(text: str) -> None:
     outside = re.sub(r"^(`{3,}).*?^\1$", "", page, flags=re.DOTALL | re.MULTILINE)
     assert "<" not in outside
     rows = [line for line in outside.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 12, 6}
-    assert len(rows) == 2 * (2 + len(ROWS)) + 2 + 4
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 5, 6, 12}
+    assert len(rows) == 2 * (2 + len(ROWS)) + 2 + 4 + 5 + 3
     tokens = MarkdownIt().enable("table").parse(page)
-    assert [token.type for token in tokens].count("table_open") == 3
+    assert [token.type for token in tokens].count("table_open") == 5
     # A code host shows the very name, and takes nothing in it for a link, a picture or a tag.
     inline = [child for token in tokens for child in token.children or ()]
     assert {child.type for child in inline} <= {

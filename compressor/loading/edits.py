@@ -6,6 +6,8 @@ An edit is plain JSON::
     {"edit": "scale", "parameter": "q.weight", "dim": 0, "indices": [0, 2, 3], "factor": 1.4}
     {"edit": "keep", "parameter": "conv1.weight", "dim": 0, "indices": [0, 2, 3]}
     {"edit": "set_attribute", "module": "conv1", "name": "out_channels", "value": 3}
+    {"edit": "rewrite", "module": "bn1", "as": "fold", "into": "conv1"}
+    {"edit": "fake_quantize", "points": 9, "bits": 8, "layers": [...]}
 
 ``rewrite`` exchanges a layer for one of :mod:`compressor.loading.rewrites` that computes the same.
 ``scale`` multiplies slices, ``keep`` selects slices along one axis of a parameter or buffer.
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from compressor.errors import InputError, one_line
+from compressor.loading.fakequant import install
 from compressor.loading.rewrites import REWRITES
 
 Edit = Mapping[str, Any]
@@ -128,6 +131,7 @@ def _rewrite(model: nn.Module, edit: Edit) -> None:
 
 
 EDITS: dict[str, Callable[[nn.Module, Edit], None]] = {
+    "fake_quantize": install,
     "keep": _keep,
     "rewrite": _rewrite,
     "scale": _scale,

@@ -1,7 +1,7 @@
 """Layers whose code insists on the sizes that they were built with, rewritten to follow them.
 
 A rewritten layer computes the same from the same weights. It is only used where channels were cut
-that the original could not do without.
+that the original could not do without, and where batch normalisation is in the way of int8.
 """
 
 from __future__ import annotations
@@ -177,9 +177,50 @@ def _attention(model: nn.Module, module: nn.Module, edit: Any) -> None:
             owner.enable_nested_tensor = owner.use_nested_tensor = False
 
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def folds(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether the statistics of ``norm`` can go into the weights of ``layer`` before it."""
+    return (
+        type(layer) in FOLDABLE
+        and type(norm) in NORMS
+        and norm.running_mean is not None
+        and len(layer.weight) == len(norm.running_mean)  # type: ignore[arg-type]
+        and not any(map(nn.utils.parametrize.is_parametrized, (layer, norm)))
+    )
+
+
+def _fold(model: nn.Module, module: nn.Module, edit: Any) -> None:
+    layer = model.get_submodule(edit["into"])
+    if not folds(layer, module):
+        raise ValueError("not a batch normalisation that folds into that layer")
+    own, norm = layer._parameters, module._parameters
+    weight, mean, variance = own["weight"], module.running_mean, module.running_var
+    assert isinstance(weight, Tensor)
+    assert isinstance(mean, Tensor)
+    assert isinstance(variance, Tensor)
+    with torch.no_grad():
+        factor, offset = (variance + module.eps).rsqrt(), -mean  # type: ignore[operator]
+        if (gain := norm["weight"]) is not None:
+            factor *= gain
+        if (bias := own["bias"]) is not None:
+            offset += bias
+        offset *= factor
+        if (shift := norm["bias"]) is not None:
+            offset += shift
+        folded = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+    layer.weight = nn.Parameter(folded, requires_grad=weight.requires_grad)
+    layer.bias = nn.Parameter(offset, requires_grad=weight.requires_grad)
+    model.set_submodule(edit["module"], nn.Identity())
+
+
 REWRITES: dict[str, Callable[[nn.Module, nn.Module, Any], None]] = {
     "attention": _attention,
     "flatten": _flatten,
+    "fold": _fold,
 }
 """``attention``: heads of nn.MultiheadAttention may go. ``flatten``: a view or reshape to
-``(..., size)`` in the layer's forward flattens what there is instead."""
+``(..., size)`` in the layer's forward flattens what there is instead. ``fold``: a batch
+normalisation goes into the weights of the layer ``into`` before it, and no longer learns."""

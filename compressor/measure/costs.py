@@ -73,8 +73,8 @@ def table(
 ) -> Iterator[Callable[[Iterable[Layer]], dict[Layer, float]]]:
     """:func:`costs` for a search that asks many times: one worker, and the file read and written
     once, at the end also when something failed."""
-    if target.provider != "cpu":
-        raise InputError(f"layer costs on {target}: they are measured on the cpu only")
+    if (target.runtime, target.provider) != ("onnxruntime", "cpu"):
+        raise InputError(f"layer costs on {target}: onnxruntime has them for the cpu only")
     facts = _facts(target, dtype)
     path = _path(cache, facts)
     known = _read(path, facts)

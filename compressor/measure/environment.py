@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
+from collections.abc import Collection
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from compressor.measurement import SETTINGS
+from compressor.measurement import PROVIDERS, SETTINGS, Target
 
-PACKAGES = ("torch", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "numpy", "compressor")
+PACKAGES = (
+    "torch",
+    "torch-pruning",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+    "compressor",
+)
+
+NO_OPENVINO = "OpenVINO is not installed: pip install 'compressor[openvino]'"
 
 FEATURES = (
     "avx2",
@@ -47,6 +59,22 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def installed(package: str) -> bool:
+    """Whether a package could be imported, without doing so."""
+    return util.find_spec(package) is not None
+
+
+def absent(target: Target, providers: Collection[str]) -> str | None:
+    """Why nothing can run on ``target``, ``None`` where something can; imports nothing.
+
+    ``providers`` are those that this onnxruntime has.
+    """
+    if target.runtime == "openvino":
+        return None if installed("openvino") else NO_OPENVINO
+    wanted = PROVIDERS[target.provider]
+    return None if wanted in providers else f"onnxruntime here has no {wanted}"
 
 
 def cpu() -> dict[str, Any]:

@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from compressor.artifact import Artifact
+from compressor.measure.placement import placement
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.quantities import QUANTITIES
 from compressor.measure.timed import Timed
@@ -46,6 +48,9 @@ one that hangs."""
 CONTROL = "baseline (again)"
 """The reference's second worker."""
 
+DUEL = "best (duel)"
+"""The best artifact where it runs in two runtimes by turns."""
+
 Progress = Callable[[str], None]
 
 
@@ -58,6 +63,10 @@ class Observed:
     """Artifact name -> split name -> first output of the whole split."""
     failed: dict[str, str] = field(default_factory=dict)
     """Artifact name -> why its outputs are missing."""
+    sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Artifact name -> the settings it was opened with: ``{"settings", "disabled"}``."""
+    placements: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Artifact name -> which node ran where, for those whose runtime says so."""
 
 
 def observe(
@@ -106,7 +115,52 @@ def observe(
                     observed.outputs.setdefault(run.artifact, {})[split] = outputs
                 except WorkerFailed as error:
                     observed.failed[run.artifact] = str(error)
+        paths_of = {artifact.name: artifact.path.resolve() for artifact in artifacts}
+        for run in runs:
+            if run.artifact != CONTROL and run.artifact not in observed.failed:
+                observed.sessions[run.artifact] = run.session
+                progress(f"placement of {run.artifact} on {target}")
+                with suppress(WorkerFailed):  # all that counts is measured by now
+                    observed.placements[run.artifact] = placement(
+                        run, paths_of[run.artifact], Path(folder) / "profile"
+                    )
     return observed
+
+
+def duel(
+    artifact: Artifact,
+    targets: Sequence[Target],
+    feed: Inputs,
+    *,
+    seconds: float = SECONDS["quick"],
+    seed: int = 0,
+    start: Callable[[], Worker] = Worker,
+    clock: Callable[[], float] = time.monotonic,
+) -> Observed:
+    """Every quantity of one artifact on each of ``targets``, which take turns as in a round of
+    :func:`observe`: so that two runtimes are compared at the same time of day.
+
+    The measurements are named :data:`DUEL`. A target that fails is a row with the reason.
+    """
+    observed = Observed()
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder, ExitStack() as stack:
+        feeds = _stored(Path(folder), "feed", feed)
+        runs: list[Timed] = []
+        for target in targets:
+            try:
+                runs.append(_opened(artifact, DUEL, target, feeds, stack, start))
+            except WorkerFailed as error:
+                skip(observed, DUEL, target, str(error))
+        _interleave(runs, observed, seconds, random.Random(seed), clock)
+        for run in runs:
+            _collect(run, observed)
+    return observed
+
+
+def disabled(artifact: Artifact) -> list[str]:
+    """Optimizers of onnxruntime that slow this artifact down, as the stage that made it found."""
+    made = artifact.steps[-1] if artifact.steps else {}
+    return list(made.get("facts", {}).get("disabled", ()))
 
 
 def _predicted(run: Timed, inputs: list[str], count: int, out: Path) -> Array:
@@ -138,14 +192,23 @@ def _opened(
 ) -> Timed:
     worker = stack.enter_context(start())
     path = str(artifact.path.resolve())
-    loaded = worker.ask("load", path=path, provider=target.provider, threads=target.threads)
+    loaded = worker.ask(
+        "load",
+        path=path,
+        provider=target.provider,
+        threads=target.threads,
+        disabled=disabled(artifact),
+        runtime=target.runtime,
+    )
     worker.ask("take", inputs=feeds, batch=target.batch)
     # The first call allocates; the second says how many calls make a block.
     worker.ask("time", calls=1)
     once = worker.ask("time", calls=1)["elapsed_ns"] / 1e6
     calls = max(1, min(1000, round(BLOCK_MS / max(once, 1e-6))))
     worker.ask("time", calls=calls)
-    return Timed(name, target, worker, loaded["load_ms"], calls, warmup=2 + calls)
+    return Timed(
+        name, target, worker, loaded["load_ms"], loaded["session"], calls, warmup=2 + calls
+    )
 
 
 def _interleave(

@@ -1,36 +1,54 @@
-"""Opening an ONNX file in onnxruntime: the one place where session settings are decided.
+"""Opening an ONNX file in a runtime: the one place where session settings are decided.
 
-Imports nothing but onnxruntime and numpy, so that a worker measures what is shipped.
+Imports nothing but that runtime and numpy, so that a worker measures what is shipped.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compressor.errors import InputError, one_line
-from compressor.measurement import PROVIDERS, SETTINGS
+from compressor.measurement import OPENVINO, PROVIDERS, SETTINGS
 
 
 class ProviderAbsent(InputError):
-    """The execution provider is not in this onnxruntime, or did not start."""
+    """The runtime or its provider is not here, or did not start."""
 
 
 def open_session(
     path: Path,
     provider: str = "cpu",
     threads: int = 1,
-    settings: Mapping[str, str] = SETTINGS,
+    settings: Mapping[str, str] | None = None,
+    disabled: Sequence[str] = (),
+    runtime: str = "onnxruntime",
 ) -> Any:
-    """An ``onnxruntime.InferenceSession`` that runs on ``provider`` with ``threads``.
+    """A session of ``runtime`` on ``provider`` with ``threads``: ``get_inputs`` and ``run``.
 
-    Raises :class:`ProviderAbsent` rather than falling back to another provider.
+    It is an ``onnxruntime.InferenceSession`` or an :class:`OpenVino`. ``settings`` are the
+    runtime's own, by default those that every row is measured with; ``disabled`` names graph
+    optimizers of onnxruntime that are left out. Raises :class:`ProviderAbsent` rather than falling
+    back to another runtime or provider.
     """
+    if runtime not in RUNTIMES:
+        raise ProviderAbsent(f"runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
+    return RUNTIMES[runtime].open(path, provider, threads, settings, disabled)
+
+
+def _onnxruntime(
+    path: Path,
+    provider: str,
+    threads: int,
+    settings: Mapping[str, str] | None,
+    disabled: Sequence[str],
+) -> Any:
     import onnxruntime
 
     if provider not in PROVIDERS:
@@ -43,14 +61,113 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    for key, value in settings.items():
+    for key, value in (SETTINGS if settings is None else settings).items():
         options.add_session_config_entry(key, value)
     chain = [wanted] if wanted == PROVIDERS["cpu"] else [wanted, PROVIDERS["cpu"]]
-    opened = onnxruntime.InferenceSession(str(path), options, providers=chain)
+    without = {"disabled_optimizers": list(disabled)} if disabled else {}
+    opened = onnxruntime.InferenceSession(str(path), options, providers=chain, **without)
     first = opened.get_providers()[0]
     if first != wanted:
         raise ProviderAbsent(f"{wanted} did not start; onnxruntime fell back to {first}")
     return opened
+
+
+class Input(NamedTuple):
+    """An input of a model as onnxruntime describes it, as far as we ask."""
+
+    name: str
+
+
+class OpenVino:
+    """An ONNX file compiled by OpenVINO, with the two calls of onnxruntime's session that we use.
+
+    ``settings`` are those that it was compiled with, ``threads`` apart. ``profile`` makes it count
+    the time of each node; :attr:`request` has the counts.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int = 1,
+        settings: Mapping[str, str] | None = None,
+        profile: bool = False,
+    ) -> None:
+        core = import_openvino().Core()
+        model = core.read_model(str(path))
+        if settings is None:
+            # By itself it takes bf16 where the CPU has it: other numbers than the file's.
+            outputs = (output for node in model.get_ops() for output in node.outputs())
+            types = {output.get_element_type().get_type_name() for output in outputs}
+            precision = next((half for half in ("f16", "bf16") if half in types), "f32")
+            settings = {**OPENVINO, "INFERENCE_PRECISION_HINT": precision}
+        self.settings = dict(settings)
+        asked: dict[str, Any] = {**settings, "INFERENCE_NUM_THREADS": threads}
+        if profile:
+            asked["PERF_COUNT"] = True
+        compiled = core.compile_model(model, "CPU", asked)
+        self.request = compiled.create_infer_request()
+        self._inputs = [Input(given.any_name) for given in compiled.inputs]
+
+    def get_inputs(self) -> list[Input]:
+        """The inputs, in the file's order."""
+        return self._inputs
+
+    def run(self, names: None, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """All outputs for one batch, each a copy of its own."""
+        return list(self.request.infer([feed[given.name] for given in self._inputs]).to_tuple())
+
+
+def _openvino(
+    path: Path,
+    provider: str,
+    threads: int,
+    settings: Mapping[str, str] | None,
+    disabled: Sequence[str],
+) -> OpenVino:
+    if provider != "cpu":
+        raise ProviderAbsent(f"provider {provider!r} of OpenVINO: only cpu is supported")
+    return OpenVino(path, threads, settings)
+
+
+def import_onnxruntime() -> Any:
+    """The module."""
+    import onnxruntime
+
+    return onnxruntime
+
+
+def import_openvino() -> Any:
+    """The module, which finds no telemetry to start: without that package it uses a stub.
+
+    Raises :class:`ProviderAbsent` where OpenVINO is not installed.
+    """
+    telemetry = "openvino_telemetry"
+    hidden = telemetry not in sys.modules
+    if hidden:
+        sys.modules[telemetry] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        import openvino
+    except ModuleNotFoundError as error:
+        from compressor.measure.environment import NO_OPENVINO
+
+        raise ProviderAbsent(NO_OPENVINO) from error
+    finally:
+        if hidden:
+            del sys.modules[telemetry]
+    return openvino
+
+
+class Runtime(NamedTuple):
+    """How a runtime is imported, and how it opens a file."""
+
+    module: Callable[[], Any]
+    open: Callable[[Path, str, int, Mapping[str, str] | None, Sequence[str]], Any]
+
+
+RUNTIMES = {
+    "onnxruntime": Runtime(import_onnxruntime, _onnxruntime),
+    "openvino": Runtime(import_openvino, _openvino),
+}
 
 
 class Session:
@@ -77,10 +194,10 @@ class Session:
 def session(path: str | Path) -> Session:
     """Loads ``best.onnx`` of a run folder, or any ONNX file, ready to predict.
 
-    Beside ``best.onnx`` the settings of ``best.json`` are used: the provider, threads and session
-    settings under which the recommendation was measured. Any other file gets the CPU, a thread for
-    each core that this process may use, and onnxruntime's own settings. Raises :class:`InputError`
-    when there is no model at ``path`` or it cannot be opened.
+    Beside ``best.onnx`` the settings of ``best.json`` are used: the runtime, provider, threads and
+    session settings under which the recommendation was measured. Any other file gets onnxruntime on
+    the CPU with its own settings, and a thread for each core that this process may use. Raises
+    :class:`InputError` when there is no model at ``path`` or it cannot be opened.
     """
     from compressor.measure.environment import cores  # here: a worker has no use for it
 
@@ -95,6 +212,8 @@ def session(path: str | Path) -> Session:
             said.get("provider", "cpu"),
             said.get("threads", cores()),
             said.get("settings", {}),
+            said.get("disabled", ()),
+            said.get("runtime", "onnxruntime"),
         )
     except InputError:
         raise

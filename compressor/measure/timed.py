@@ -17,6 +17,8 @@ class Timed:
     target: Target
     worker: Worker
     load_ms: float
+    session: dict[str, Any] = field(default_factory=dict)
+    """The settings that it was opened with and the optimizers that were left out."""
     calls: int = 1
     warmup: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)

@@ -1,6 +1,6 @@
 """The process in which one artifact runs on one target. Speaks JSON lines; run with ``-m``.
 
-It imports onnxruntime and numpy only, so that its memory and its speed are those of the shipped
+It imports one runtime and numpy only, so that its memory and its speed are those of the shipped
 model. Requests carry a verb of :data:`VERBS`; an answer is ``{"ok": ...}`` or ``{"error": ...}``.
 """
 
@@ -10,14 +10,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compressor.errors import one_line
-from compressor.measure.runtime import open_session
+from compressor.measure.runtime import RUNTIMES, OpenVino, open_session
+from compressor.measurement import SETTINGS
 
 
 class Holder:
@@ -27,15 +28,36 @@ class Holder:
         self.clock = clock
         self.opened: Any = None
         self.feed: dict[str, Any] = {}
-        self.batch = 1
+        self.batch = self.threads = 1
+        self.disabled: list[str] = []
 
-    def load(self, path: str, provider: str, threads: int) -> dict[str, Any]:
-        """Opens the model; ``load_ms`` is the time from file to ready session."""
-        import onnxruntime  # noqa: F401 - before the clock: importing it takes longer than loading
+    def load(
+        self,
+        path: str,
+        provider: str,
+        threads: int,
+        disabled: Sequence[str] = (),
+        runtime: str = "onnxruntime",
+    ) -> dict[str, Any]:
+        """Opens the model; ``load_ms`` is the time from file to ready session.
 
+        ``session`` is what the same session is opened with anywhere else.
+        """
+        RUNTIMES[runtime].module()  # before the clock: importing it takes longer than loading
         before = self.clock()
-        self.opened = open_session(Path(path), provider, threads)
-        return {"load_ms": (self.clock() - before) / 1e6}
+        self.opened = open_session(
+            Path(path), provider, threads, disabled=disabled, runtime=runtime
+        )
+        taken = self.clock() - before
+        self.threads = threads
+        # Optimizers are onnxruntime's: another runtime knows nothing of them.
+        own = isinstance(self.opened, OpenVino)
+        self.disabled = [] if own else list(disabled)
+        settings = self.opened.settings if own else dict(SETTINGS)
+        return {
+            "load_ms": taken / 1e6,
+            "session": {"settings": settings, "disabled": self.disabled},
+        }
 
     def take(self, inputs: list[str], batch: int) -> dict[str, Any]:
         """Keeps the first ``batch`` examples of the ``.npy`` files as the inputs to time with.
@@ -97,24 +119,80 @@ class Holder:
         The session is opened anew from ``path``, with the same settings, and given up again: the
         profiler can only be chosen then. Its file starts with ``out``.
         """
+        return {"kernels": self._profiled(path, ms, CALLS, out)[0]}
+
+    def placement(self, path: str, ms: float, out: str) -> dict[str, Any]:
+        """Which node ran where and for how long: ``kernels`` of a few calls, named, with providers.
+
+        ``assigned`` counts the nodes that each provider was given before it fused them. ``graph``
+        is where the optimized graph was written: empty for a file without ``DequantizeLinear``,
+        ``None`` where the provider compiles what no graph shows. OpenVINO says neither.
+        """
+        if isinstance(self.opened, OpenVino):
+            return {"kernels": self._counted(path, ms), "assigned": None, "graph": None}
+        graph = None
+        if self.opened.get_providers()[0] not in COMPILING:
+            pairs = b"DequantizeLinear" in Path(path).read_bytes()
+            graph = f"{out}-optimized.onnx" if pairs else ""
+        kernels, session = self._profiled(path, ms, GLANCE, out, graph)
+        assigned: dict[str, int] = {}
+        for part in session.get_provider_graph_assignment_info():
+            assigned[part.ep_name] = assigned.get(part.ep_name, 0) + len(part.get_nodes())
+        return {"kernels": kernels, "assigned": assigned, "graph": graph}
+
+    def _profiled(
+        self, path: str, ms: float, least: int, out: str, graph: str | None = None
+    ) -> tuple[list[dict[str, Any]], Any]:
         import onnxruntime
 
         options = self.opened.get_session_options()
         options.enable_profiling = True
         options.profile_file_prefix = out
-        session = onnxruntime.InferenceSession(path, options, providers=self.opened.get_providers())
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if graph:
+            options.optimized_model_filepath = graph
+        session = onnxruntime.InferenceSession(
+            path,
+            options,
+            providers=self.opened.get_providers(),
+            disabled_optimizers=self.disabled,
+        )
+        self._repeat(lambda: session.run(None, self.feed), ms, least)
+        nodes: dict[tuple[str, str], dict[str, Any]] = {}
+        for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
+            name, kernel, _ = event["name"].rpartition("_kernel_time")
+            if kernel:
+                ran = event["args"]
+                node = nodes.setdefault(
+                    (ran["node_index"], name),
+                    {"name": name, "op": ran["op_name"], "provider": ran["provider"], "us": []},
+                )
+                node["us"].append(event["dur"])
+        return list(nodes.values()), session
+
+    def _counted(self, path: str, ms: float) -> list[dict[str, Any]]:
+        counting = OpenVino(Path(path), self.threads, self.opened.settings, profile=True)
+        nodes: dict[str, dict[str, Any]] = {}
+
+        def call() -> None:
+            counting.run(None, self.feed)
+            for ran in counting.request.get_profiling_info():
+                if ran.status == ran.Status.EXECUTED:
+                    node = nodes.setdefault(
+                        ran.node_name,
+                        {"name": ran.node_name, "op": ran.node_type, "provider": "CPU", "us": []},
+                    )
+                    node["us"].append(ran.real_time.total_seconds() * 1e6)
+
+        self._repeat(call, ms, GLANCE)
+        return list(nodes.values())
+
+    def _repeat(self, call: Callable[[], object], ms: float, least: int) -> None:
         end = self.clock() + ms * 1e6
         calls = 0
-        while calls < CALLS or self.clock() < end:
-            session.run(None, self.feed)
+        while calls < least or self.clock() < end:
+            call()
             calls += 1
-        nodes: dict[str, dict[str, Any]] = {}
-        for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
-            if event["name"].endswith("_kernel_time"):
-                ran = event["args"]
-                node = nodes.setdefault(ran["node_index"], {"op": ran["op_name"], "us": []})
-                node["us"].append(event["dur"])
-        return {"kernels": list(nodes.values())}
 
     def memory(self) -> dict[str, Any]:
         """The kernel's high-water mark of this process, in bytes."""
@@ -132,10 +210,16 @@ def _finite(output: Any) -> None:
         raise ValueError("the model's output is not finite (NaN or infinity)")
 
 
-VERBS = ("providers", "load", "take", "time", "kernels", "predict", "memory")
+VERBS = ("providers", "load", "take", "time", "kernels", "placement", "predict", "memory")
 
 CALLS = 5
 """Calls of a layer that are profiled even where the time is up."""
+
+COMPILING = ("TensorrtExecutionProvider", "OpenVINOExecutionProvider", "CoreMLExecutionProvider")
+"""Providers whose graphs onnxruntime cannot write."""
+
+GLANCE = 3
+"""The same for a whole model, which may be slow: the first one allocates."""
 
 
 def peak_rss_bytes() -> int:

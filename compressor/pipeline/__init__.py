@@ -17,13 +17,15 @@ from compressor.errors import InputError
 from compressor.loading import task as tasks
 from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
-from compressor.measure.environment import cores
-from compressor.measure.protocol import SECONDS
-from compressor.measurement import PROVIDERS, SETTINGS, Target
+from compressor.measure.environment import cores, installed
+from compressor.measure.protocol import SECONDS, disabled
+from compressor.measurement import PLACES, SETTINGS, Target
+from compressor.pipeline import verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.making import Maker
-from compressor.pipeline.measuring import measure
+from compressor.pipeline.measuring import measure, race, rival
+from compressor.pipeline.verdict import Row
 from compressor.recipe import Recipe, Step
 from compressor.report import Report
 from compressor.stages import bind, fitting
@@ -53,9 +55,10 @@ def run(
     distill: bool = True,
     quantize: str | None = None,
     max_drop: float | None = None,
+    time_budget: float | None = None,
     metric: str | None = None,
     kind: Kind | None = None,
-    provider: str | Sequence[str] = ("cpu", "cuda"),
+    provider: str | Sequence[str] | None = None,
     batch: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
     bench_time: str = "quick",
@@ -83,9 +86,13 @@ def run(
         raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
     if max_drop is not None and not 0 <= max_drop < float("inf"):
         raise InputError(f"--max-drop {max_drop!r}: give a number of 0 or more, such as 0.01")
+    if time_budget is not None and not 0 < time_budget < float("inf"):
+        raise InputError(f"--time-budget {time_budget!r}: give seconds, more than 0, such as 600")
+    budget = MAX_DROP if max_drop is None else max_drop
     steps = plan(recipe, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize)
     task = tasks(model, data=data, arch=arch, metric=metric, kind=kind, seed=seed)
-    task = replace(task, target=targets[0])
+    until = None if time_budget is None else began + time_budget
+    task = replace(task, target=targets[0], budget=budget, until=until)
     for step in steps:
         fitting(step, task)
     state = state_digest(task.model().state_dict())
@@ -99,6 +106,7 @@ def run(
         targets=[target.to_json() for target in targets],
         bench_time=bench_time,
         max_drop=max_drop,
+        time_budget=time_budget,
         metric=task.metric,
         seed=seed,
     )
@@ -129,13 +137,19 @@ def run(
         lambda text: progress(done - 1, total, text),
     )
     say("report")
-    found = document(task, maker, measured, targets, MAX_DROP if max_drop is None else max_drop)
+    found = document(task, maker, measured, targets, budget)
+    ran = [row for row in measured.rows if row["artifact"] == found["best"]]
+    said, other = None, rival(ran, found["best"], targets[0])
+    if other is not None and any(row["primary"] and "skipped" not in row for row in ran):
+        best = maker.onnx[found["best"]]
+        said = race(task, best, targets[0], other, measured, SECONDS[bench_time], budget)
+    if said is not None:
+        found["recommendation"] += f" {verdict.runtimes(said)}"
+    found["runtimes"] = said
     command = command or f"compressor.run({task.name}, ...)"
     write_samples(folder.path / SAMPLES, measured.raw)
     write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
-    ran = (row for row in measured.rows if row["artifact"] == found["best"])
-    where = next((row for row in ran if "skipped" not in row), targets[0].to_json())
-    _write_best(folder.path, maker.onnx[found["best"]], where)
+    _write_best(folder.path, maker.onnx[found["best"]], home(ran, targets[0], said))
     report = Report(
         {
             "schema": 1,
@@ -175,15 +189,18 @@ def plan(
 
 
 def targets_of(
-    provider: str | Sequence[str], batch: Sequence[int], threads: Sequence[int] | None
+    provider: str | Sequence[str] | None, batch: Sequence[int], threads: Sequence[int] | None
 ) -> list[Target]:
-    """Every combination, the primary target first. Threads default to 1 and all cores."""
+    """Every combination, the primary target first. Threads default to 1 and all cores, providers to
+    cpu, cuda and, where it is installed, openvino."""
+    if provider is None:
+        provider = ("cpu", "cuda", *(["openvino"] if installed("openvino") else []))
     if isinstance(provider, str):
         provider = [name.strip() for name in provider.split(",")]
     chosen = list(dict.fromkeys(threads if threads is not None else (1, cores())))
     for name in provider:
-        if name not in PROVIDERS:
-            raise InputError(f"--provider {name!r} is unknown: choose from {', '.join(PROVIDERS)}")
+        if name not in PLACES:
+            raise InputError(f"--provider {name!r} is unknown: choose from {', '.join(PLACES)}")
     for flag, values in (("--batch", batch), ("--threads", chosen)):
         for value in values:
             if value < 1:
@@ -192,10 +209,11 @@ def targets_of(
         raise InputError("--provider, --batch and --threads each need at least one value")
     found = []
     for name in dict.fromkeys(provider):
+        runtime, device = PLACES[name]
         # Threads are CPU threads: a GPU is measured with the first count only.
-        counts = chosen if name == "cpu" else chosen[:1]
+        counts = chosen if device == "cpu" else chosen[:1]
         found += [
-            Target("onnxruntime", name, size, count)
+            Target(runtime, device, size, count)
             for size in dict.fromkeys(batch)
             for count in counts
         ]
@@ -218,16 +236,33 @@ def _data_digest(splits: Splits | None) -> str:
     return key_of(parts=[part.digest() for part in parts])
 
 
+def home(ran: Sequence[Row], primary: Target, race: Row | None) -> Row:
+    """The row, of those of the recommended artifact in ``ran``, that it is handed on with.
+
+    That of the runtime that won the ``race`` and whose own outputs hold the budget, or else the
+    first that was measured; where nothing was, only the primary target's fields.
+    """
+    if race and race["verdict"] == "faster" and race["within_budget"]:
+        won = replace(primary, runtime=race["runtime"]).to_json()
+        return next(row for row in ran if won.items() <= row.items())
+    return next((row for row in ran if "skipped" not in row), primary.to_json())
+
+
 def _write_best(folder: Path, best: Artifact, target: Mapping[str, Any]) -> None:
-    """``best.onnx``, and beside it the settings under which it was measured, on ``target``."""
+    """``best.onnx``, and beside it the settings under which it was measured, on ``target``: a row,
+    or what a row begins with where nothing could be measured."""
     path = folder / "best.onnx"
+    for companion in best.companions:  # external data, which the model names
+        with replacing(folder / companion.name) as beside:
+            shutil.copyfile(companion, beside)
     with replacing(path) as beside:
         shutil.copyfile(best.path, beside)
     said = {
         "artifact": best.name,
         "sha256": best.digest,
+        "runtime": target["runtime"],
         "provider": target["provider"],
         "threads": target["threads"],
-        "settings": SETTINGS,
+        **(target.get("session") or {"settings": SETTINGS, "disabled": disabled(best)}),
     }
     write_text(path.with_suffix(".json"), json.dumps(said, indent=1) + "\n")

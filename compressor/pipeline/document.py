@@ -11,17 +11,22 @@ from typing import Any
 from compressor.artifact import replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
-from compressor.measure.environment import environment
+from compressor.measure.environment import absent, environment
 from compressor.measurement import SETTINGS, Measurement, Target
 from compressor.metrics import METRICS
 from compressor.pipeline import verdict
 from compressor.pipeline.making import Maker
 from compressor.pipeline.measuring import Measured
 from compressor.pipeline.verdict import Choice, Outputs, Row
-from compressor.recipe import BASELINE
+from compressor.recipe import BASELINE, SCHEMES
 from compressor.task import Task
 
 SAMPLES = "samples.json.gz"
+
+GPU = (
+    "int8 on cuda: onnxruntime's CUDA provider has few 8-bit kernels, and most of an int8 graph "
+    "falls back to the CPU; --quantize fp16 is the format for it"
+)
 
 
 def document(
@@ -79,13 +84,24 @@ def document(
         "budget_held": choice.held,
         "best": choice.best,
         "recommendation": choice.sentence,
-        "warnings": maker.warnings,
+        "warnings": [*maker.warnings, *_on_gpu(maker, measured, targets)],
         "stages": maker.stages + measured.stages,
         "samples": SAMPLES,
         "failed": maker.failed,
         "missed": maker.missed,
         "finished": not maker.failed,
     }
+
+
+def _on_gpu(maker: Maker, measured: Measured, targets: Sequence[Target]) -> list[str]:
+    """What else to ask for where int8 was asked for and a GPU of CUDA was measured."""
+    names = (SCHEMES.get(str(step.settings.get("scheme")), step.name) for step in maker.resolved)
+    asked = any(name.startswith("int8") for name in names)
+    ran = any(
+        target.provider == "cuda" and absent(target, measured.providers) is None
+        for target in targets
+    )
+    return [GPU] if asked and ran else []
 
 
 def _artifact(

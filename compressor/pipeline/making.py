@@ -52,6 +52,8 @@ class Maker:
             "reads": reads,
             "seed": task.seed,
             "target": task.target.to_json(),
+            "budget": task.budget,
+            "limited": task.until is not None,  # what a search finds then is not for later runs
             "versions": versions(),
             "cpu": cpu()["features"],  # they decide how int8 is made
         }
@@ -159,6 +161,11 @@ class Maker:
                 )
             except Unsuitable as error:
                 reason = str(error)
+            except KeyboardInterrupt:
+                best = self.folder.artifacts / f"{step.name}.onnx"
+                if step.stage == "quantize" and best.is_file():
+                    raise KeyboardInterrupt(f"the best of {step.name} so far is {best}") from None
+                raise
             except InputError:
                 raise
             except CompressorError as error:

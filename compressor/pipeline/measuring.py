@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from compressor.artifact import Artifact
 from compressor.measure import protocol
-from compressor.measure.environment import environment
+from compressor.measure.environment import absent, environment
 from compressor.measure.process import Worker
 from compressor.measure.protocol import Observed, observe
-from compressor.measurement import PROVIDERS, Measurement, Target
+from compressor.measurement import Measurement, Target
 from compressor.pipeline import verdict
 from compressor.pipeline.making import watched
 from compressor.pipeline.verdict import Outputs, Row
+from compressor.recipe import BASELINE
+from compressor.report.table import target_of
 from compressor.task import Array, Inputs, Task
 
 SYNTHETIC = 256
 """Made-up examples on which fidelity is measured where there is no data."""
 
 
+Place = tuple[str, str, int]
+
+
+def place(target: Target) -> Place:
+    """What outputs depend on: runtime, provider and batch size, but not the number of threads."""
+    return target.runtime, target.provider, target.batch
+
+
 @dataclass
 class Measured:
-    """What measuring gave. ``outputs`` are by provider and batch size, artifact and split;
-    ``targets`` are those of whole splits; ``load`` is the machine's before measuring."""
+    """What measuring gave. ``outputs`` are by :func:`place`, artifact and split; ``targets`` are
+    those of whole splits; ``load`` is the machine's before measuring."""
 
     providers: list[str]
     load: float | None
     targets: dict[str, Array]
     rows: list[Row] = field(default_factory=list)
     raw: list[Measurement] = field(default_factory=list)
-    outputs: dict[tuple[str, int], Outputs] = field(default_factory=dict)
+    outputs: dict[Place, Outputs] = field(default_factory=dict)
     floors: dict[Target, dict[str, Any]] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -49,9 +59,8 @@ def measure(
 ) -> Measured:
     """Measures ONNX ``artifacts`` on ``targets``, the primary one first.
 
-    Outputs are taken for each provider and batch size, which they depend on (dynamic quantization
-    looks at the whole batch), but not for each thread count. ``skipped`` artifacts become rows with
-    their reason.
+    Outputs are taken for each :func:`place`, whose batch size counts because dynamic quantization
+    looks at the whole batch. ``skipped`` artifacts become rows with their reason.
     """
     with Worker() as worker:
         present = worker.ask("providers")["providers"]
@@ -72,7 +81,7 @@ def measure(
         rows = verdict.rows(observed, target, task, primary)
         for row in rows:
             if "skipped" not in row:
-                outputs = measured.outputs.get((target.provider, target.batch), {})
+                outputs = measured.outputs.get(place(target), {})
                 row |= verdict.as_run(task, known, outputs, row["artifact"], "test")
         measured.rows += rows
         measured.rows += [
@@ -91,19 +100,17 @@ def _observe(
     seconds: float,
     detail: Callable[[str], None],
 ) -> Observed:
-    wanted = PROVIDERS[target.provider]
-    if wanted not in measured.providers:
+    if why := absent(target, measured.providers):
         observed = Observed()
         for artifact in artifacts:
-            protocol.skip(observed, artifact.name, target, f"onnxruntime here has no {wanted}")
+            protocol.skip(observed, artifact.name, target, why)
         return observed
-    taken = (target.provider, target.batch)
+    taken = place(target)
     predict = {} if taken in measured.outputs else inputs
-    feed = task.splits.calibrate.head(target.batch)[0] if task.splits else task.examples(1)
     observed = observe(
         [artifact.checked() for artifact in artifacts],
         target,
-        feed,
+        _feed(task, target),
         predict=predict,
         seconds=seconds,
         seed=task.seed,
@@ -112,6 +119,58 @@ def _observe(
     if predict:
         measured.outputs[taken] = observed.outputs
     return observed
+
+
+def rival(rows: Sequence[Row], best: str, primary: Target) -> Target | None:
+    """The other runtime that ran ``best`` on the same provider with the same batch and threads."""
+    ran = (target_of(row) for row in rows if row["artifact"] == best and "skipped" not in row)
+    others = (target for target in ran if target.runtime != primary.runtime)
+    return next(
+        (target for target in others if replace(target, runtime=primary.runtime) == primary), None
+    )
+
+
+def race(
+    task: Task,
+    artifact: Artifact,
+    primary: Target,
+    other: Target,
+    measured: Measured,
+    seconds: float,
+    budget: float,
+) -> Row | None:
+    """The recommended artifact on ``primary`` against another runtime, by turns.
+
+    ``{"artifact", "runtime", "versus", "value", "low", "high", "verdict", "drop",
+    "within_budget"}``: how many times faster ``runtime`` is than ``versus``, and what its outputs
+    lose on validate against the baseline in the primary's runtime. ``None`` where one failed. Raw
+    values are added to ``measured``.
+    """
+    observed = protocol.duel(
+        artifact.checked(), (primary, other), _feed(task, primary), seconds=seconds, seed=task.seed
+    )
+    measured.raw += observed.measurements
+    floor = measured.floors.get(primary, {"value": 0.0})["value"]
+    ratio = verdict.between(observed, primary, other, floor, task.seed)
+    if ratio is None:
+        return None
+    theirs = measured.outputs.get(place(other), {}).get(artifact.name, {})
+    ours = measured.outputs.get(place(primary), {}).get(BASELINE, {})
+    # Both may be the baseline: its drop is then not 0 by definition, but what the runtime adds.
+    outputs = {BASELINE: ours, protocol.DUEL: theirs}
+    accuracy, _ = verdict.judged(task, measured.targets, outputs, protocol.DUEL, "validate")
+    return {
+        "artifact": artifact.name,
+        "runtime": other.runtime,
+        "versus": primary.runtime,
+        **ratio,
+        "drop": accuracy.get("drop"),
+        "within_budget": verdict.within(accuracy, budget),
+    }
+
+
+def _feed(task: Task, target: Target) -> Inputs:
+    return task.splits.calibrate.head(target.batch)[0] if task.splits else task.examples(1)
 
 
 def _whole_splits(task: Task) -> tuple[dict[str, Inputs], dict[str, Array]]:

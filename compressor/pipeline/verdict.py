@@ -57,6 +57,8 @@ def rows(observed: Observed, target: Target, task: Task, primary: bool) -> list[
             name, reference, blocks, floor["value"] if floor else 0.0, task.seed
         )
         row["noise"] = noise_flags(blocks)
+        row["session"] = observed.sessions.get(name)
+        row["placement"] = observed.placements.get(name)
         found.append(row)
     return found
 
@@ -85,6 +87,40 @@ def _speedup(
     ratio = speedup(reference.values, blocks, seed)
     said = verdict(ratio["low"], ratio["high"], floor)
     return {"versus": BASELINE, **ratio, "verdict": said}
+
+
+def between(
+    observed: Observed, first: Target, second: Target, floor: float, seed: int
+) -> Row | None:
+    """How many times faster a duel's ``second`` target is: a ratio and its verdict, if both ran."""
+    blocks = {
+        one.target: one.values
+        for one in observed.measurements
+        if one.quantity == "latency_ms" and not one.skipped
+    }
+    if first not in blocks or second not in blocks:
+        return None
+    ratio = speedup(blocks[first], blocks[second], seed)
+    return {**ratio, "verdict": verdict(ratio["low"], ratio["high"], floor)}
+
+
+def runtimes(race: Row) -> str:
+    """The sentence that says which runtime is faster for the recommended artifact."""
+    said = {
+        "faster": f"{race['runtime']} is the faster",
+        "slower": f"{race['versus']} is the faster",
+        "same": "both are as fast",
+        "inconclusive": "which is faster is inconclusive",
+    }[race["verdict"]]
+    ratio = f"{race['value']:.2f}x [{race['low']:.2f}, {race['high']:.2f}]"
+    sentence = (
+        f"Of the runtimes for {race['artifact']}, {said}: "
+        f"{race['runtime']} runs at {ratio} the speed of {race['versus']}"
+    )
+    if race["verdict"] == "faster" and not race["within_budget"]:
+        does = "could not be judged" if race["drop"] is None else "do not hold the budget"
+        sentence += f", but its outputs on validate {does}"
+    return f"{sentence}."
 
 
 def judged(

@@ -114,7 +114,9 @@ class Report:
             names = "; ".join(tables.label(other) for other in known) or "none"
             raise InputError(f"nothing on {tables.label(target)} in this report; known: {names}")
         shown = target or tables.primary(self.document)
-        notes = (tables.plain(note) for note in tables.footnotes(self.document))
+        notes = [tables.plain(note) for note in tables.footnotes(self.document)]
+        if placed := tables.placement(self.document, shown):
+            notes.insert(0, tables.plain(placed))
         parts = [
             tables.plain(tables.label(shown)) if shown else "",
             tables.table(self.document, shown),

@@ -15,6 +15,9 @@ from compressor.report.table import (
     footnotes,
     further,
     label,
+    nodes,
+    operators,
+    placement,
     primary,
     printable,
     render,
@@ -54,6 +57,7 @@ def _blocks(document: Document) -> Iterator[str]:
     if target is not None:
         yield f"On {escaped(label(target))}:"
     yield table(document, target, markdown=True)
+    yield escaped(placement(document, target))
     yield _bullets(escaped(note) for note in footnotes(document))
     yield "![Accuracy against latency](pareto.png)"
     if others := further(document, markdown=True):
@@ -65,6 +69,10 @@ def _blocks(document: Document) -> Iterator[str]:
             f"{escaped(label(target_of(entry)))}: **{escaped(entry['artifact'])}**"
             for entry in document["best_per_target"]
         )
+    if kinds := operators(document, target):
+        yield "## Where the time goes"
+        yield kinds
+        yield nodes(document, target)
     if document.get("warnings"):
         yield "## Warnings"
         yield _bullets(escaped(warning) for warning in document["warnings"])

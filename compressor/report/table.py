@@ -130,7 +130,7 @@ def target_of(record: Mapping[str, Any]) -> Target:
 
 def label(target: Target) -> str:
     """The target in words; the runtime only where it is not the usual one."""
-    return str(target) if target.runtime == Target.runtime else f"{target}, {target.runtime}"
+    return str(target)
 
 
 def targets(document: Document) -> list[Target]:
@@ -251,6 +251,72 @@ def further(document: Document, *, markdown: bool = False) -> str:
     ]
     header = ["p50 ms", *(show(label(target)) for target in columns)]
     return render(header, rows, markdown=markdown)
+
+
+def placement(document: Document, target: Target | None) -> str:
+    """Where the nodes of the recommended artifact ran on ``target``, in one line; may be empty."""
+    for name in _recommended(document):
+        if found := _placement(document, target, name):
+            where = (
+                f"{count} on {provider} ({found['share'][provider]:.0%} of the time)"
+                for provider, count in found["nodes"].items()
+            )
+            counts = {
+                "copies between devices": found["memcpy"],
+                "QuantizeLinear": found["quantize"],
+                "DequantizeLinear": found["dequantize"],
+                "in float between Q/DQ pairs": found["unfused"],
+            }
+            left = (f"{count} {what}" for what, count in counts.items() if count)
+            return "; ".join([f"placement of {name}: nodes that ran: {', '.join(where)}", *left])
+    return ""
+
+
+def operators(document: Document, target: Target | None) -> str:
+    """Nodes and ms of each operator, the reference against the recommended; may be empty."""
+    names = dict.fromkeys([one["name"] for one in document["artifacts"][:1]])
+    found = {
+        name: {one["op"]: one for one in placed["operators"]}
+        for name in [*names, *(best for best in _recommended(document) if best not in names)]
+        if (placed := _placement(document, target, name))
+    }
+    dearest = {
+        op: max(by[op]["ms"] for by in found.values() if op in by)
+        for op in dict.fromkeys(op for by in found.values() for op in by)
+    }
+    if not dearest:
+        return ""
+    none = {"nodes": 0, "ms": 0.0}
+    rows = [
+        [escaped(op)]
+        + [
+            cell
+            for by in found.values()
+            for cell in (str(by.get(op, none)["nodes"]), milliseconds(by.get(op, none)["ms"]))
+        ]
+        for op in sorted(dearest, key=lambda op: (-dearest[op], op))
+    ]
+    header = ["operator", *(text for name in found for text in (f"{escaped(name)} nodes", "ms"))]
+    return render(header, rows, markdown=True)
+
+
+def nodes(document: Document, target: Target | None) -> str:
+    """The recommended artifact's nodes that take the longest; may be empty."""
+    rows = [
+        [escaped(one["node"]), escaped(one["op"]), escaped(one["provider"]), figures(one["ms"])]
+        for name in _recommended(document)
+        for one in _placement(document, target, name).get("dearest", ())
+    ]
+    header = ["dearest node", "operator", "provider", "ms"]
+    return render(header, rows, markdown=True, left=3) if rows else ""
+
+
+def _recommended(document: Document) -> list[str]:
+    return [one["name"] for one in document["artifacts"] if one["best"]]
+
+
+def _placement(document: Document, target: Target | None, name: str) -> Mapping[str, Any]:
+    return measured(document, target).get(name, {}).get("placement") or {}
 
 
 def footnotes(document: Document) -> list[str]:

@@ -21,6 +21,7 @@ from compressor.stages.distill import distill
 from compressor.stages.export import export
 from compressor.stages.mask import fraction, mask
 from compressor.stages.prune import asked, prune, suited
+from compressor.stages.qat import qat
 from compressor.stages.quantize import quantize
 from compressor.stages.sparsify import sparsify
 from compressor.task import Task
@@ -34,6 +35,7 @@ STAGES: dict[str, Stage] = {
     "mask": mask,
     "export": export,
     "quantize": quantize,
+    "qat": qat,
 }
 
 

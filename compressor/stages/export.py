@@ -37,6 +37,11 @@ ROUNDING = 4.0
 """Or so many times what PyTorch itself rounds off, for a model that amplifies the last bit of
 float32: two programs cannot agree better than each agrees with exact arithmetic."""
 
+STEPS = 0.05
+"""Allowed of a model with fake quantization: where a value lies on the border between two codes,
+the last bit of float32 decides, and one step of 256 goes on from there. Up to 6.2e-3 was seen in
+ResNet-20, in 6 to 20 % of the examples; the others agree to 1e-7."""
+
 REARRANGING = ("Concat", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
 """Operators that only move numbers."""
 
@@ -53,15 +58,16 @@ def export(
     Raises :class:`StageError` when the exporter refuses the model, or when onnxruntime and PyTorch
     disagree at batch 1, 2 or 7 by more than rounding explains.
     """
-    model, _ = torchfile.open_model(artifact, task)
+    model, edits = torchfile.open_model(artifact, task)
     path = into.with_name(into.name + SUFFIX)
     proto = exported(model, task, opset)
     with replacing(path) as beside:
         beside.write_bytes(proto.SerializeToString(deterministic=True))
         differences = parity(beside, model, task)
         worst = float(np.max(list(differences.values())))  # NaN stays NaN, unlike with max()
-        allowed = TOLERANCE
-        if not worst <= allowed:
+        stepped = any(edit["edit"] == "fake_quantize" for edit in edits)
+        allowed = STEPS if stepped else TOLERANCE
+        if not worst <= allowed and not stepped:
             allowed = max(allowed, ROUNDING * rounding(model, task))
         if not worst <= allowed:
             raise StageError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.errors import StageError
@@ -95,10 +96,15 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 def evaluate(model: nn.Module, split: Split, kind: Kind, metric: str) -> float:
     """Mean of the metric over the split, in PyTorch; the model is left in eval mode."""
+    return float(scores(model, split, kind, metric).mean())
+
+
+def scores(model: nn.Module, split: Split, kind: Kind, metric: str) -> NDArray[np.float64]:
+    """The metric of each example of the split, shape ``(n,)``; leaves the model in eval mode."""
     model.eval()
-    scores = []
+    found = []
     with torch.inference_mode():
         for inputs, targets in split.batches(256):
             outputs = first(model(*map(torch.from_numpy, inputs))).numpy()
-            scores.append(METRICS[kind][metric].score(outputs, targets))
-    return float(np.concatenate(scores).mean())
+            found.append(METRICS[kind][metric].score(outputs, targets))
+    return np.concatenate(found)

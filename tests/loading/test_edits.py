@@ -133,7 +133,7 @@ def test_edits_go_in_order() -> None:
 
 
 def test_the_set_of_edits_is_the_documented_one() -> None:
-    assert set(EDITS) == {"keep", "rewrite", "scale", "set_attribute"}
+    assert set(EDITS) == {"fake_quantize", "keep", "rewrite", "scale", "set_attribute"}
 
 
 @given(

@@ -316,4 +316,4 @@ def test_a_rewritten_model_can_be_copied() -> None:
 
 
 def test_the_set_of_rewrites_is_the_documented_one() -> None:
-    assert set(REWRITES) == {"attention", "flatten"}
+    assert set(REWRITES) == {"attention", "flatten", "fold"}

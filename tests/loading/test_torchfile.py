@@ -218,7 +218,7 @@ def test_edits_are_checked_on_a_real_model_too(edit: dict[str, Any]) -> None:
 
 
 def test_the_set_of_edits_is_the_documented_one() -> None:
-    assert set(EDITS) == {"keep", "rewrite", "scale", "set_attribute"}
+    assert set(EDITS) == {"fake_quantize", "keep", "rewrite", "scale", "set_attribute"}
     assert all(name.islower() and not name.startswith("_") for name in ATTRIBUTES)
 
 

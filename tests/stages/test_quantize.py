@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,17 @@ from standing import exported, small_cnn, splits_of, task_of
 from torch import nn
 
 from compressor import Artifact, Split, Splits, StageError, Task, Unsuitable, session, zoo
-from compressor.measure.environment import has_vnni
 from compressor.stages import quantize
-from compressor.stages.quantize import CALIBRATION_BATCH, calibration
+from compressor.stages.quantize import CALIBRATION_BATCH, calibration, graph, search
+from compressor.stages.quantize.judge import Judge
+from compressor.stages.quantize.kernels import Codes, codes
 
 IMAGE = (1, 8, 8)
+PLAIN: dict[str, Any] = {"left": (), "disabled": ()}
+"""No search."""
+
+STATIC: dict[str, Any] = PLAIN | {"scheme": "static", "ranges": "minmax", "repair": ()}
+
 X = np.random.default_rng(0).standard_normal((200, *IMAGE)).astype(np.float32)
 Y = np.arange(200) % 5
 
@@ -62,7 +69,7 @@ def test_static_is_qdq_unsigned_activations_signed_weights_per_channel(
     cnn: tuple[Artifact, Task], tmp_path: Path
 ) -> None:
     source, task = cnn
-    made = quantize(source, task, tmp_path / "int8-static", scheme="static")
+    made = quantize(source, task, tmp_path / "int8-static", **STATIC)
     graph = graph_of(made)
     tensors = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
     used = operators(made)
@@ -112,16 +119,25 @@ def test_calibration_reads_its_own_split_in_small_batches(
     forbidden = Split(never, np.arange(10))
     calibrate = recording(task.splits.calibrate, read)
     given = replace(task, splits=Splits(forbidden, forbidden, calibrate, forbidden))
-    made = quantize(source, given, tmp_path / "m", scheme="static", samples=70)
-    assert [len(at) for at in read] == [32, 32, 6]
+    made = quantize(source, given, tmp_path / "m", samples=70, **STATIC)
+    # A quarter is held back to judge by, the rest is read in batches.
+    assert [len(at) for at in read] == [17, 32, 21]
     assert np.concatenate(read).tolist() == calibrate.indices[:70].tolist()
     assert made.steps[-1]["facts"]["calibration"] == {"samples": 70, "data": "calibrate"}
-    assert made.steps[-1]["settings"] == {"scheme": "static", "samples": 70}
+    assert made.steps[-1]["settings"] == {
+        "scheme": "static",
+        "samples": 70,
+        "synthetic": False,
+        "ranges": "minmax",
+        "repair": [],
+        "left": [],
+        "disabled": [],
+    }
 
 
 def test_more_samples_than_there_are_means_all(cnn: tuple[Artifact, Task], tmp_path: Path) -> None:
     source, task = cnn
-    made = quantize(source, task, tmp_path / "m", scheme="static", samples=10_000)
+    made = quantize(source, task, tmp_path / "m", samples=10_000, **STATIC)
     assert made.steps[-1]["facts"]["calibration"] == {"samples": 120, "data": "calibrate"}
 
 
@@ -136,7 +152,7 @@ def test_without_data_made_up_inputs_calibrate_in_small_batches(
     whole = np.concatenate([part for (part,) in batches])
     assert len(np.unique(whole.reshape(70, -1), axis=0)) == 70  # no batch is another's copy
     assert np.array_equal(whole, np.concatenate([part for (part,) in calibration(blind, 70)]))
-    made = quantize(source, blind, tmp_path / "m", scheme="static", samples=70)
+    made = quantize(source, blind, tmp_path / "m", samples=70, synthetic=True, **STATIC)
     assert made.steps[-1]["facts"]["calibration"] == {"samples": 70, "data": "synthetic"}
     assert sqnr_db(made, source, task) > 20
 
@@ -145,13 +161,14 @@ def test_ranges_are_those_of_the_calibration_examples(
     cnn: tuple[Artifact, Task], tmp_path: Path
 ) -> None:
     source, task = cnn
-    made = quantize(source, task, tmp_path / "m", scheme="static", samples=64)
-    graph = graph_of(made)
-    tensors = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
-    (first,) = (node for node in graph.node if node.input[0] == "input")
+    made = quantize(source, task, tmp_path / "m", samples=64, **STATIC)
+    whole = graph_of(made)
+    tensors = {each.name: numpy_helper.to_array(each) for each in whole.initializer}
+    first = next(node for node in whole.node if node.op_type == "QuantizeLinear")
     scale, zero = float(tensors[first.input[1]]), int(tensors[first.input[2]])
-    assert -zero * scale == pytest.approx(X[:64].min(), abs=scale)
-    assert (255 - zero) * scale == pytest.approx(X[:64].max(), abs=scale)
+    seen = X[16:64]  # the first quarter is held back
+    assert -zero * scale == pytest.approx(seen.min(), abs=scale)
+    assert (255 - zero) * scale == pytest.approx(seen.max(), abs=scale)
 
 
 # --- dynamic
@@ -161,17 +178,17 @@ def test_dynamic_never_makes_integer_convolutions(
     cnn: tuple[Artifact, Task], tmp_path: Path
 ) -> None:
     source, task = cnn
-    made = quantize(source, task, tmp_path / "m", scheme="dynamic")
+    made = quantize(source, task, tmp_path / "m", scheme="dynamic", **PLAIN)
     used = operators(made)
     assert used["Conv"] == 2
     assert used["ConvInteger"] == 0
     assert used["MatMulInteger"] == 1
-    assert made.steps[-1]["settings"] == {"scheme": "dynamic"}
+    assert settings_of(made)["scheme"] == "dynamic"
 
 
 def test_dynamic_is_per_channel(mlp: tuple[Artifact, Task], tmp_path: Path) -> None:
     source, task = mlp
-    made = quantize(source, task, tmp_path / "m", scheme="dynamic")
+    made = quantize(source, task, tmp_path / "m", scheme="dynamic", **PLAIN)
     scales = sorted(
         numpy_helper.to_array(each).size
         for each in graph_of(made).initializer
@@ -191,7 +208,14 @@ def test_convolutions_alone_have_nothing_dynamic(tmp_path: Path) -> None:
     with pytest.raises(Unsuitable, match="no MatMul, Gemm or LSTM with constant weights"):
         quantize(source, task, tmp_path / "m", scheme="dynamic")
     assert not (tmp_path / "m.onnx").exists()
-    assert operators(quantize(source, task, tmp_path / "s", scheme="static"))["QuantizeLinear"] > 0
+    made = quantize(source, task, tmp_path / "s", synthetic=True, **STATIC)
+    assert operators(made)["QuantizeLinear"] > 0
+
+
+def test_without_data_static_says_which_flag(tmp_path: Path) -> None:
+    task = task_of(small_cnn(), IMAGE)
+    with pytest.raises(Unsuitable, match="add --data SPEC"):
+        quantize(exported(task, tmp_path), task, tmp_path / "m", scheme="static")
 
 
 def onnx_artifact(path: Path, nodes: list[Any], *weights: tuple[str, Any]) -> Artifact:
@@ -215,16 +239,16 @@ def test_matrices_without_constant_weights_are_not_suitable(tmp_path: Path) -> N
     ]
     source = onnx_artifact(tmp_path / "a.onnx", nodes)
     with pytest.raises(Unsuitable, match="with constant weights"):
-        quantize(source, task, tmp_path / "m", scheme="dynamic")
+        quantize(source, task, tmp_path / "m", scheme="dynamic", **PLAIN)
 
 
-@pytest.mark.parametrize("scheme", ["dynamic", "static"])
-def test_what_changed_nothing_is_not_suitable(tmp_path: Path, scheme: Any) -> None:
+@pytest.mark.parametrize("scheme", ["dynamic", "static", "weights", "int4"])
+def test_a_graph_without_weights_is_not_suitable(tmp_path: Path, scheme: Any) -> None:
     task = task_of(nn.Identity(), (8,))
     node = helper.make_node("Erf", ["input"], ["output"])
     source = onnx_artifact(tmp_path / "a.onnx", [node])
-    with pytest.raises(Unsuitable, match=r"changed nothing in the graph|no MatMul, Gemm or LSTM"):
-        quantize(source, task, tmp_path / "m", scheme=scheme)
+    with pytest.raises(Unsuitable, match="with constant weights"):
+        quantize(source, task, tmp_path / "m", scheme=scheme, synthetic=True)
     assert not (tmp_path / "m.onnx").exists()
 
 
@@ -233,16 +257,29 @@ def test_recurrent_nets(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     task = task_of(zoo.build(name, {"features": 8, "classes": 10}), (8, 8))
     source = exported(task, tmp_path)
-    made = quantize(source, task, tmp_path / "dynamic", scheme="dynamic")
-    used = operators(made)
-    assert used["DynamicQuantizeLSTM" if name == "lstm" else "GRU"] == 1
-    assert used["MatMulInteger"] == 1
-    assert sqnr_db(made, source, task) > 15
+    for scheme in ("dynamic", "static"):
+        given = {**STATIC, "scheme": scheme, "synthetic": True}
+        made = quantize(source, task, tmp_path / scheme, **given)
+        used = operators(made)
+        assert used["DynamicQuantizeLSTM" if name == "lstm" else "GRU"] == 1
+        assert used["MatMulInteger" if scheme == "dynamic" else "DequantizeLinear"] >= 1
+        assert sqnr_db(made, source, task) > 15
     if name == "lstm":
         assert made.path.stat().st_size < source.path.stat().st_size / 2
 
 
-# --- fp16
+# --- fewer bits of weights alone, and half of all
+
+
+@pytest.mark.parametrize(("scheme", "bits", "db"), [("weights", 8, 30), ("int4", 4, 10)])
+def test_weights_alone(tmp_path: Path, scheme: Any, bits: int, db: float) -> None:
+    wide = task_of(nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 5)), (8,))
+    made = quantize(exported(wide, tmp_path), wide, tmp_path / "m", scheme=scheme, **PLAIN)
+    nodes = [node for node in onnx.load(made.path).graph.node if node.op_type == "MatMulNBits"]
+    assert nodes
+    for node in nodes:
+        assert {at.name: at.i for at in node.attribute}["bits"] == bits
+    assert made.steps[-1]["facts"]["sqnr_db"] > db
 
 
 @pytest.mark.parametrize("which", ["cnn", "mlp"])
@@ -251,20 +288,135 @@ def test_fp16_keeps_fp32_at_both_ends(
 ) -> None:
     source, task = request.getfixturevalue(which)
     made = quantize(source, task, tmp_path / "m", scheme="fp16")
-    graph = graph_of(made)
+    graph = onnx.load(made.path).graph
     ends = [*graph.input, *graph.output]
     assert {each.type.tensor_type.elem_type for each in ends} == {TensorProto.FLOAT}
     weights = [each for each in graph.initializer if numpy_helper.to_array(each).ndim > 1]
-    assert {each.data_type for each in weights if each.data_type != TensorProto.INT64} == {
-        TensorProto.FLOAT16
-    }
+    assert {each.data_type for each in weights} == {TensorProto.FLOAT16}
     assert sqnr_db(made, source, task) > 50
     assert made.steps[-1]["settings"] == {"scheme": "fp16"}
 
 
+# --- the search
+
+
+def settings_of(made: Artifact) -> dict[str, Any]:
+    return dict(made.steps[-1]["settings"])
+
+
+def test_what_the_search_found_makes_the_same_file_again(
+    cnn: tuple[Artifact, Task], tmp_path: Path
+) -> None:
+    source, task = cnn
+    found = quantize(source, task, tmp_path / "one", scheme="static")
+    settings = settings_of(found)
+    assert settings["ranges"] != "auto"
+    again = quantize(source, task, tmp_path / "two", **settings)
+    assert again.path.read_bytes() == found.path.read_bytes()
+    assert settings_of(again) == settings
+
+
+class Spoilt(nn.Module):
+    """A classifier whose second layer does not survive 8 bits: one weight dwarfs the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+        with torch.no_grad():
+            self.one.bias[0] = 4000.0  # and so one value dwarfs all others of its tensor
+            self.two.weight[:, 0] = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.three(torch.relu(self.two(torch.relu(self.one(x)))))
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Task]:
+    """With data that the float model gets right, so that every change costs accuracy."""
+    model = Spoilt().eval()
+    x = np.random.default_rng(1).standard_normal((300, 8)).astype(np.float32)
+    with torch.inference_mode():
+        y = model(torch.from_numpy(x)).argmax(1).numpy()
+    task = task_of(model, (8,), splits=splits_of(x, y))
+    return exported(task, tmp_path_factory.mktemp("spoilt")), task
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+def test_layers_go_back_to_float_until_the_budget_holds(
+    spoilt: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Any
+) -> None:
+    source, task = spoilt
+    monkeypatch.setattr(search, "timed", lambda task: False)
+    given: dict[str, Any] = {"scheme": scheme, "ranges": "minmax", "repair": ()}
+    loose = quantize(source, replace(task, budget=1.0), tmp_path / "loose", **given)
+    assert settings_of(loose)["left"] == []
+    assert loose.steps[-1]["facts"]["drop"] > 0.1
+    tight = quantize(source, replace(task, budget=0.05), tmp_path / "tight", **given)
+    assert settings_of(tight)["left"] == ["node_linear_1"]
+    assert tight.steps[-1]["facts"]["drop"] <= 0.05
+    nodes = Counter(node.op_type for node in onnx.load(tight.path).graph.node)
+    assert nodes["Gemm" if scheme == "dynamic" else "QuantizeLinear"] > 0
+
+
+def test_the_search_ends_when_time_is_up(
+    spoilt: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, task = spoilt
+
+    def never(*given: Any) -> Any:
+        raise AssertionError
+
+    for name in ("slow", "within", "hurting"):
+        monkeypatch.setattr(search, name, never)
+    late = replace(task, until=0.0)
+    made = quantize(source, late, tmp_path / "m", scheme="static")
+    assert settings_of(made) == {
+        "scheme": "static",
+        "samples": 512,
+        "synthetic": False,
+        "ranges": "minmax",
+        "repair": [],
+        "left": [],
+        "disabled": [],
+    }
+
+
+def test_what_was_found_before_ctrl_c_is_on_disk(
+    spoilt: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, task = spoilt
+
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "within", interrupted)
+    monkeypatch.setattr(search, "timed", lambda task: False)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, task, tmp_path / "m", scheme="dynamic")
+    assert session(tmp_path / "m.onnx")(*task.examples(3)).shape == (3, 5)
+
+
+def test_a_model_that_is_over_the_budget_in_float_stays_in_8_bits(
+    cnn: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, task = cnn  # an untrained model, judged against another one
+    monkeypatch.setattr(search, "timed", lambda task: False)
+    monkeypatch.setattr(Judge, "drop", lambda self, model: 0.5)
+    made = quantize(source, task, tmp_path / "m", scheme="dynamic")
+    assert settings_of(made)["left"] == []
+    assert "the float model it was made from drops 0.5" in made.steps[-1]["facts"]["note"]
+
+
 # --- all of them
 
-SCHEMES = ("dynamic", "static", "fp16")
+SCHEMES = ("dynamic", "static", "int4", "fp16")
+
+
+def given(scheme: str) -> dict[str, Any]:
+    """Settings that leave nothing to search for."""
+    whole = {**STATIC, "scheme": scheme, "synthetic": True}
+    return {"scheme": scheme} if scheme == "fp16" else whole
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -272,10 +424,10 @@ def test_twice_gives_the_same_bytes_and_the_source_stays(
     cnn: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Any
 ) -> None:
     source, task = cnn
-    one = quantize(source, task, tmp_path / "one", scheme=scheme)
+    one = quantize(source, task, tmp_path / "one", **given(scheme))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    two = quantize(source, task, tmp_path / "elsewhere" / "two", scheme=scheme)
+    two = quantize(source, task, tmp_path / "elsewhere" / "two", **given(scheme))
     content = one.path.read_bytes()
     assert two.path.read_bytes() == content
     assert source.checked() is source
@@ -290,13 +442,28 @@ def test_twice_gives_the_same_bytes_and_the_source_stays(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_models_too_large_for_one_file_keep_their_tensors_beside_it(
+    cnn: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: Any
+) -> None:
+    source, task = cnn
+    whole = quantize(source, task, tmp_path / "whole", **given(scheme))
+    monkeypatch.setattr(graph, "LIMIT", 100)
+    made = quantize(source, task, tmp_path / "m", **given(scheme))
+    assert [path.name for path in made.companions] == ["m.onnx.data"]
+    assert made.path.stat().st_size < whole.path.stat().st_size
+    x = task.examples(3)
+    assert np.array_equal(session(made.path)(*x), session(whole.path)(*x))
+    assert len(graph.read(made.path).graph) == len(graph.read(whole.path).graph)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x07\x12\x00:\x02"])
 def test_a_corrupt_file_is_one_line(tmp_path: Path, scheme: Any, content: bytes) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(content)
     with pytest.raises(StageError) as caught:
         quantize(
-            Artifact.of(path, "onnx"), task_of(nn.Identity(), (8,)), tmp_path / "m", scheme=scheme
+            Artifact.of(path, "onnx"), task_of(nn.Identity(), (8,)), tmp_path / "m", **given(scheme)
         )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.onnx").exists()
@@ -306,32 +473,58 @@ def test_a_corrupt_file_is_one_line(tmp_path: Path, scheme: Any, content: bytes)
 def test_a_graph_that_does_not_run_is_one_line(tmp_path: Path, scheme: Any) -> None:
     task = task_of(nn.Identity(), (8,))
     node = helper.make_node("MatMul", ["input", "w"], ["output"])
-    source = onnx_artifact(tmp_path / "a.onnx", [node], ("w", np.ones((7, 3))))
+    source = onnx_artifact(tmp_path / "a.onnx", [node], ("w", np.ones((70, 30))))
     with pytest.raises(StageError) as caught:
-        quantize(source, task, tmp_path / "m", scheme=scheme)
+        quantize(source, task, tmp_path / "m", **given(scheme))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_activations_that_are_not_finite_are_one_line(
+    cnn: tuple[Artifact, Task], tmp_path: Path
+) -> None:
+    source, task = cnn
+    broken = X.copy()
+    broken[100] = np.nan
+    spoiled = replace(task, splits=splits_of(broken, Y))
+    with pytest.raises(StageError, match="not finite"):
+        quantize(source, spoiled, tmp_path / "m", **STATIC)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_constant_activations_are_quantized_all_the_same(tmp_path: Path) -> None:
+    task = task_of(small_cnn(), IMAGE, splits=splits_of(np.zeros_like(X), Y))
+    source = exported(task, tmp_path)
+    made = quantize(source, task, tmp_path / "m", **STATIC)
+    x = np.zeros((2, *IMAGE), np.float32)
+    assert np.allclose(session(made.path)(x), session(source.path)(x), atol=0.05)
 
 
 def test_weights_have_seven_bits_where_sums_would_saturate(
     cnn: tuple[Artifact, Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
-
     source, task = cnn
     module = sys.modules[quantize.__module__]
-    for fast in (True, False):
-        monkeypatch.setattr(module, "has_vnni", lambda fast=fast: fast)
-        made = quantize(source, task, tmp_path / "m", scheme="static")
-        tensors = [numpy_helper.to_array(each) for each in graph_of(made).initializer]
-        largest = max(
-            int(np.abs(each.astype(int)).max()) for each in tensors if each.dtype == np.int8
-        )
-        assert largest == (127 if fast else 64)
-        assert made.steps[-1]["facts"]["reduce_range"] is not fast
+    for features, largest in (
+        (["avx2"], 63),
+        (["avx512f", "avx512_vnni"], 127),
+        (["asimddp"], 127),
+    ):
+        monkeypatch.setattr(module, "codes", lambda features=features: codes(features))
+        made = quantize(source, task, tmp_path / "m", **STATIC)
+        nodes = [node for node in graph_of(made).node if node.op_type == "DequantizeLinear"]
+        tensors = {one.name: numpy_helper.to_array(one) for one in graph_of(made).initializer}
+        weights = [tensors[node.input[0]] for node in nodes if node.input[0] in tensors]
+        eights = [held for held in weights if held.dtype == np.int8]
+        assert max(int(np.abs(held.astype(int)).max()) for held in eights) == largest
+        zeros = {tensors[node.input[2]].dtype for node in nodes if node.input[0] not in tensors}
+        assert zeros == {np.dtype(np.int8 if "asimddp" in features else np.uint8)}
+        assert sqnr_db(made, source, task) > 15
+    assert made.steps[-1]["facts"]["codes"] == {"signed": True, "bits": 8}
 
 
-def test_the_fact_is_of_this_machine(mlp: tuple[Artifact, Task], tmp_path: Path) -> None:
-    made = quantize(*mlp, tmp_path / "m", scheme="dynamic")
-    assert made.steps[-1]["facts"]["reduce_range"] is not has_vnni()
+def test_codes_follow_the_features() -> None:
+    assert codes(["avx512_vnni"]) == Codes(signed=False, bits=8)
+    assert codes(["avx2"]) == Codes(signed=False, bits=7)
+    assert codes(["asimddp", "i8mm"]) == Codes(signed=True, bits=8)
     assert CALIBRATION_BATCH == 32

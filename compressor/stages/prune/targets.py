@@ -193,7 +193,19 @@ def real_of(
             torchfile.write(path, model, task.source, [*before, *edits])
             onnx = export(Artifact.of(path, "torch"), task, Path(folder) / name)
             if dtype == "int8" and quantity == "latency":
-                return quantize(onnx, task, Path(folder) / f"{name}-int8", scheme="static")
+                # The speed does not depend on how good the ranges are.
+                return quantize(
+                    onnx,
+                    task,
+                    Path(folder) / f"{name}-int8",
+                    scheme="static",
+                    samples=32,
+                    ranges="minmax",
+                    repair=(),
+                    left=(),
+                    disabled=(),
+                    synthetic=True,
+                )
             return onnx
 
         whole_model = made("original", ())

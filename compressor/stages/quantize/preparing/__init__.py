@@ -1,0 +1,1 @@
+"""Exact rewrites of a float graph, one kind a module."""

@@ -1,0 +1,330 @@
+"""Ways from a float graph to one in 8 bits: what was seen of its data, repairs, and the writing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+import numpy as np
+
+from compressor.stages.quantize import bias, equalize, rounding, smooth
+from compressor.stages.quantize.calibrate import calibrate, observed
+from compressor.stages.quantize.dynamic import dynamic, products, recurrent
+from compressor.stages.quantize.graph import constant, copied
+from compressor.stages.quantize.histogram import METHODS, Histogram, Range, best
+from compressor.stages.quantize.judge import Judge
+from compressor.stages.quantize.kernels import Codes
+from compressor.stages.quantize.plan import axis_of, plan
+from compressor.stages.quantize.qdq import channel_scales, nearest, quantized
+from compressor.task import Array
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Ranges = Literal["auto", "minmax", "each", "mse", "percentile", "entropy"]
+Repair = Literal["equalize", "smooth", "rounding", "bias"]
+
+Feeds = Callable[[int], Iterator[Mapping[str, Array]]]
+"""Calibration batches anew, inputs by name: at most so many examples."""
+
+METHOD: dict[str, Callable[[Histogram], Range]] = {
+    "minmax": METHODS["minmax"],
+    "each": lambda histogram: best(histogram)[1],
+    "mse": METHODS["mse"],
+    "percentile": METHODS["percentile"],
+    "entropy": METHODS["entropy"],
+}
+"""How the range of a value follows from its histogram; ``each`` takes for every value the method
+that keeps its own SQNR highest."""
+
+TRIAL = 128
+"""Examples that a repair of the float graph is tried with."""
+
+LOOK = 64
+"""Examples of which means, peaks and samples are taken."""
+
+MARGIN = 0.2
+"""Decibels that a repair has to gain: less is the luck of the examples."""
+
+ENOUGH = 40.0
+"""Decibels at which nothing is left to repair: 1/10,000 of the output's power is noise."""
+
+ROWS = 1024
+"""Samples of what a layer reads."""
+
+SAMPLED = 64 << 20
+"""Bytes of samples that are held at once."""
+
+
+class Way:
+    """A float graph on its way to 8 bits.
+
+    ``model`` is the prepared float graph; repairs exchange it for one that computes the same, or
+    choose other codes for its weights. ``feeds`` gives calibration data, ``samples`` examples in
+    all.
+    """
+
+    repairs: ClassVar[tuple[Repair, ...]] = ()
+    """What can be done on this way, in the order in which it is."""
+
+    def __init__(
+        self, model: ir.Model, feeds: Feeds, samples: int, codes: Codes, seed: int = 0
+    ) -> None:
+        self.model = model
+        self.feeds = feeds
+        self.samples = samples
+        self.codes = codes
+        self.seed = seed
+        self.held: dict[str, tuple[Array, Array]] = {}
+
+    @property
+    def weighted(self) -> list[str]:
+        """Nodes whose constant weights get codes, but for LSTMs."""
+        return products(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Nodes that can compute in 8 bits and have weights."""
+        return [*self.weighted, *recurrent(self.model)]
+
+    def written(self, left: Collection[str] = ()) -> ir.Model:
+        """The graph in 8 bits, but for the nodes named in ``left``."""
+        nodes = [name for name in self.names if name not in left]
+        return dynamic(self.model, nodes, self.codes, self.rounding)
+
+    def rounding(self, node: ir.Node, weight: Array, scales: Array, axis: int) -> Array:
+        """Codes of a weight: those that were chosen for these scales, or the nearest."""
+        steps, chosen = self.held.get(str(node.name), (None, None))
+        if steps is None or chosen is None or not np.array_equal(steps, scales):
+            return nearest(weight, scales, axis, self.codes)
+        return chosen
+
+    def calibrate(self, samples: int | None = None) -> None:
+        """Looks at the data again, at all of it or at so many examples."""
+
+    # --- repairs: each gives another way, or None where the graph has nothing for it
+
+    def smooth(self) -> Self | None:
+        """Outliers of activations move into weights (SmoothQuant)."""
+        model = copied(self.model)
+        wanted = smooth.places(model, insert=True)
+        if not wanted:
+            return None
+        peaks = self._peaks(dict.fromkeys(wanted, -1))
+        if not smooth.smooth(model, self._samples(wanted), peaks, insert=True):
+            return None
+        return self._with(model)
+
+    def rounded(self) -> Self | None:
+        """Weights get the codes that change what their layer makes of its data least (GPTQ)."""
+        weighted = set(self.weighted)
+        nodes = [node for node in self.model.graph if node.name in weighted]
+        if not nodes:
+            return None
+        other = copy.copy(self)
+        other.held = {}
+        for part in _parts(nodes):
+            other.held |= self._rounded(part)
+        return other
+
+    def _rounded(self, nodes: Sequence[ir.Node]) -> dict[str, tuple[Array, Array]]:
+        reads = {node: str(node.inputs[0].name) for node in nodes}  # type: ignore[union-attr]
+        drawn: dict[ir.Node, list[Array]] = {node: [] for node in nodes}
+        looked = LOOK // 4
+        seen = observed(self.model, sorted(set(reads.values())), self.feeds(looked))
+        for number, found in enumerate(seen):
+            for node in nodes:
+                given = found[reads[node]]
+                rows = max(1, ROWS * len(given) // looked)
+                drawn[node].append(rounding.columns(node, given, rows, self.seed + number))
+        chosen = {}
+        for node in nodes:
+            weight, axis = constant(node.inputs[1]), axis_of(node)
+            assert weight is not None
+            scales = channel_scales(weight, axis, self.codes)
+            samples = np.concatenate(drawn.pop(node), axis=1)
+            held = rounding.rounded(weight, scales, axis, samples, self.codes)
+            chosen[str(node.name)] = (scales, held)
+        return chosen
+
+    def _with(self, model: ir.Model) -> Self:
+        """The same on another graph, of which less is looked at until it is kept."""
+        other = copy.copy(self)
+        other.model, other.held = model, {}
+        other.calibrate(min(TRIAL, self.samples))
+        return other
+
+    # --- looking at the data
+
+    def _look(self, model: ir.Model, names: Iterable[str]) -> Iterator[dict[str, Array]]:
+        return observed(model, list(names), self.feeds(LOOK))
+
+    def _peaks(self, axes: Mapping[str, int]) -> dict[str, Array]:
+        """The largest absolute element of each channel, by value."""
+        peaks: dict[str, Array] = {}
+        for found in self._look(self.model, axes):
+            for name, x in found.items():
+                peak = np.abs(x).max(_others(x, axes[name]))
+                peaks[name] = np.maximum(peaks.get(name, peak), peak)
+        return peaks
+
+    def _means(self, model: ir.Model, axes: Mapping[str, int]) -> dict[str, Array]:
+        """The mean of each channel, by value."""
+        totals: dict[str, Array] = {}
+        count: dict[str, int] = {}
+        for found in self._look(model, axes):
+            for name, x in found.items():
+                part = x.sum(_others(x, axes[name]), dtype=np.float64)
+                totals[name] = totals.get(name, 0.0) + part
+                count[name] = count.get(name, 0) + x.size // part.size
+        return {name: total / count[name] for name, total in totals.items()}
+
+    def _samples(self, names: Sequence[str]) -> dict[str, Array]:
+        """Rows of values whose channels are the last axis."""
+        rng = np.random.default_rng(self.seed)
+        rows: dict[str, list[Array]] = {}
+        for found in self._look(self.model, names):
+            for name, x in found.items():
+                flat = x.reshape(-1, x.shape[-1])
+                at = rng.choice(len(flat), min(ROWS // 16, len(flat)), replace=False)
+                rows.setdefault(name, []).append(flat[np.sort(at)])
+        return {name: np.concatenate(parts)[:ROWS] for name, parts in rows.items()}
+
+
+class Dynamic(Way):
+    """Activations get their codes while running: no range is needed."""
+
+    repairs = ("smooth", "rounding")
+
+
+class Static(Way):
+    """Activations have ranges. ``histograms`` are of every value that may be held in 8 bits;
+    ``method`` says how ranges follow from them."""
+
+    repairs = ("equalize", "smooth", "rounding", "bias")
+    method = "minmax"
+    corrected = False
+    histograms: Mapping[str, Histogram] = {}
+
+    @property
+    def weighted(self) -> list[str]:
+        """Nodes whose constant weights get codes, but for LSTMs."""
+        return list(plan(self.model).weighted)
+
+    def calibrate(self, samples: int | None = None) -> None:
+        """Fills the histograms anew, from all examples or from so many."""
+        ranged = plan(self.model).ranged
+        count = self.samples if samples is None else samples
+        self.histograms = (
+            calibrate(self.model, ranged, self.feeds(count), seed=self.seed) if ranged else {}
+        )
+
+    def written(self, left: Collection[str] = ()) -> ir.Model:
+        """The graph in 8 bits, but for the nodes named in ``left``."""
+        ours = plan(self.model, left)
+        # Without some layers a value may be ranged that its source stood for before.
+        missing = [name for name in ours.ranged if name not in self.histograms]
+        if missing:
+            more = calibrate(self.model, missing, self.feeds(self.samples), seed=self.seed)
+            self.histograms = {**self.histograms, **more}
+        ranges = {name: METHOD[self.method](self.histograms[name]) for name in ours.ranged}
+        result = quantized(self.model, ours, ranges, self.codes, self.rounding)
+        if self.corrected:
+            bias.correct(result, self.model, self._means)
+        cells = [name for name in recurrent(self.model) if name not in left]
+        return dynamic(result, cells, self.codes)
+
+    def by(self, method: str) -> Static:
+        """The same with other ranges."""
+        other = copy.copy(self)
+        other.method = method
+        return other
+
+    def equalize(self) -> Static | None:
+        """Channels between layers get ranges alike (cross-layer equalisation)."""
+        model = copied(self.model)
+        changed = equalize.equalize(model, self._peaks(equalize.places(model)))
+        return self._with(model) if changed else None
+
+    def unbiased(self) -> Static | None:
+        """The mean of every channel becomes that of the float graph (bias correction)."""
+        if not self.weighted:
+            return None
+        other = copy.copy(self)
+        other.corrected = True
+        return other
+
+
+REPAIRS: dict[Repair, Callable[[Static], Way | None]] = {
+    "equalize": Static.equalize,
+    "smooth": Static.smooth,
+    "rounding": Static.rounded,
+    "bias": Static.unbiased,
+}
+
+
+def settled(
+    way: Way,
+    judge: Judge,
+    ranges: Ranges,
+    repair: Sequence[Repair] | None,
+    late: Callable[[], bool],
+) -> tuple[Way, list[Repair]]:
+    """The way on which the output stays nearest to float, and its repairs.
+
+    What is not ``auto`` or ``None`` is done as told.
+    """
+    if not way.names:
+        return way, []
+    way.calibrate()
+    nearness = 0.0
+    if isinstance(way, Static):
+        way.method = ranges
+        if ranges == "auto":
+            found: dict[str, float] = {}
+            for name in METHOD:
+                found[name] = judge.sqnr(way.by(name).written())
+                if found[name] >= ENOUGH or late():
+                    break
+            way.method = max(found, key=lambda name: found[name])
+    if repair is None:
+        nearness = judge.sqnr(way.written())
+    done: list[Repair] = []
+    for name in way.repairs if repair is None else repair:
+        if repair is None and (nearness >= ENOUGH or late()):
+            break
+        other = REPAIRS[name](way)  # type: ignore[arg-type]  # it has what its class names
+        if other is None:
+            continue
+        if repair is None:
+            now = judge.sqnr(other.written())
+            if now < nearness + MARGIN:
+                continue
+            nearness = now
+        if other.model is not way.model:
+            other.calibrate()
+        way = other
+        done.append(name)
+    return way, done
+
+
+def _parts(nodes: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
+    """The nodes in parts whose samples fit into memory."""
+    part: list[ir.Node] = []
+    size = 0
+    for node in nodes:
+        weight = constant(node.inputs[1])
+        assert weight is not None
+        needed = ROWS * 4 * weight.size // weight.shape[axis_of(node)]
+        if part and size + needed > SAMPLED:
+            yield part
+            part, size = [], 0
+        part.append(node)
+        size += needed
+    if part:
+        yield part
+
+
+def _others(x: Array, axis: int) -> tuple[int, ...]:
+    return tuple(at for at in range(x.ndim) if at != axis % x.ndim)

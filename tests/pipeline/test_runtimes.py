@@ -1,0 +1,232 @@
+"""Two runtimes for the recommended artifact: who is timed, what is said, what best.json names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compressor import pipeline
+from compressor.artifact import Artifact
+from compressor.errors import InputError
+from compressor.measure import protocol
+from compressor.measure.protocol import DUEL, Observed
+from compressor.measurement import PLACES, Measurement, Target
+from compressor.pipeline import measuring, targets_of, verdict
+from compressor.pipeline.document import GPU
+from compressor.pipeline.measuring import Measured, race, rival
+from compressor.report import problem
+from compressor.task import Input, Split, Splits, Task
+
+HERE, THERE = Target(), Target("openvino")
+LABELS = np.arange(40) % 2
+SPLIT = Split.arrays(np.zeros((40, 1), np.float32), LABELS)
+RIGHT = np.eye(2)[LABELS]
+TASK = Task("net", "classification", lambda: None, {}, (Input("x", (1,)),), "accuracy",
+            Splits(SPLIT, SPLIT, SPLIT, SPLIT))  # type: ignore[arg-type, return-value]  # fmt: skip
+
+
+# --- targets are data ---
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_name_is_a_target(name: str) -> None:
+    (target,) = targets_of(name, (1,), (2,))
+    assert (target.runtime, target.provider) == PLACES[name]
+
+
+def test_threads_are_the_cpus() -> None:
+    found = targets_of("openvino,tensorrt", (1, 8), (1, 4))
+    assert {(one.provider, one.threads) for one in found} == {
+        ("cpu", 1),
+        ("cpu", 4),
+        ("tensorrt", 1),
+    }
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_openvino_is_measured_where_it_is_installed(
+    here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "installed", lambda package: here)
+    found = [(one.runtime, one.provider) for one in targets_of(None, (1,), (1,))]
+    both = [("onnxruntime", "cpu"), ("onnxruntime", "cuda")]
+    assert found == both + [("openvino", "cpu")] * here
+
+
+def test_an_unknown_provider_is_named() -> None:
+    with pytest.raises(InputError, match=f"'tpu' is unknown: choose from {', '.join(PLACES)}"):
+        targets_of("tpu", (1,), (1,))
+
+
+def test_a_runtime_is_named_where_it_is_not_the_usual_one() -> None:
+    assert str(HERE) == "cpu, batch 1, 1 thread"
+    assert str(THERE) == "cpu, batch 1, 1 thread, openvino"
+
+
+# --- the rival ---
+
+
+def row(target: Target, **more: Any) -> dict[str, Any]:
+    return {"artifact": "int8", **target.to_json(), **more}
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([row(HERE), row(THERE)], THERE),
+        ([row(HERE)], None),
+        ([row(HERE), row(THERE, skipped="unsupported")], None),
+        ([row(HERE), {**row(THERE), "artifact": "other"}], None),
+        ([row(HERE), row(Target("openvino", batch=8))], None),
+        ([row(HERE), row(Target("openvino", threads=2))], None),
+        ([row(HERE), row(Target(provider="cuda"))], None),
+    ],
+)
+def test_a_rival_is_another_runtime_of_the_same_kind(rows: Any, found: Target | None) -> None:
+    assert rival(rows, "int8", HERE) == found
+
+
+# --- the race ---
+
+
+def observed(ours: float, theirs: float) -> Observed:
+    blocks = {HERE: ((ours,),) * 8, THERE: ((theirs,),) * 8}
+    return Observed([Measurement(DUEL, t, "latency_ms", "ms", v) for t, v in blocks.items()])
+
+
+def raced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Observed, wrong: int
+) -> tuple[Any, Measured]:
+    (tmp_path / "int8.onnx").write_bytes(b"no duel reads it")
+    artifact = Artifact.of(tmp_path / "int8.onnx", "onnx")
+    theirs = RIGHT.copy()
+    theirs[:wrong] = 1 - theirs[:wrong]
+    outputs = {
+        measuring.place(HERE): {"baseline": {"validate": RIGHT}, "int8": {"validate": RIGHT}},
+        measuring.place(THERE): {"baseline": {"validate": theirs}, "int8": {"validate": theirs}},
+    }
+    measured = Measured([], None, {"validate": LABELS}, outputs=outputs)  # type: ignore[arg-type]
+    monkeypatch.setattr(protocol, "duel", lambda *given, **more: seen)
+    return race(TASK, artifact, HERE, THERE, measured, 0.0, 0.01), measured
+
+
+@pytest.mark.parametrize(
+    ("theirs", "wrong", "said"),
+    [
+        (1.0, 0, "openvino is the faster: openvino runs at 2.00x"),
+        (1.0, 20, "at 2.00x [2.00, 2.00] the speed of onnxruntime, but its outputs on validate do"),
+        (4.0, 0, "onnxruntime is the faster: openvino runs at 0.50x"),
+        (2.0, 0, "both are as fast"),
+    ],
+)
+def test_a_race_says_who_is_faster_and_whether_its_own_outputs_hold(
+    theirs: float, wrong: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drop is against the baseline of the primary runtime, not against its own baseline."""
+    found, measured = raced(tmp_path, monkeypatch, observed(2.0, theirs), wrong)
+    assert found["drop"]["value"] == wrong / 40
+    assert found["within_budget"] is (wrong == 0)
+    assert said in verdict.runtimes(found)
+    assert [one.artifact for one in measured.raw] == [DUEL, DUEL]
+
+
+def test_a_race_that_one_did_not_finish_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = observed(2.0, 1.0)
+    seen.measurements[1] = Measurement(DUEL, THERE, "latency_ms", "ms", skipped="crashed")
+    assert raced(tmp_path, monkeypatch, seen, 0)[0] is None
+
+
+# --- the run ---
+
+
+@pytest.mark.parametrize(
+    ("said", "target"),
+    [
+        ({"verdict": "faster", "within_budget": True}, THERE),
+        ({"verdict": "faster", "within_budget": False}, HERE),
+        ({"verdict": "slower", "within_budget": True}, HERE),
+        ({"verdict": "inconclusive", "within_budget": True}, HERE),
+        (None, HERE),
+    ],
+)
+def test_only_a_runtime_that_is_proven_faster_and_good_enough_is_handed_on(
+    said: dict[str, Any] | None, target: Target
+) -> None:
+    rows = [row(HERE), row(Target("openvino", threads=2)), row(THERE)]
+    raced = said and {**said, "runtime": "openvino"}
+    assert pipeline.home(rows, HERE, raced) == row(target)
+
+
+def test_where_nothing_ran_the_primary_target_is_handed_on() -> None:
+    assert pipeline.home([row(HERE, skipped="no")], HERE, None) == HERE.to_json()
+
+
+def test_best_json_and_the_sentence_follow_the_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO may be absent: its race is made up."""
+    won = {
+        "artifact": "baseline", "runtime": "openvino", "versus": "onnxruntime", "value": 2.0,
+        "low": 1.9, "high": 2.1, "verdict": "faster", "drop": None, "within_budget": True,
+    }  # fmt: skip
+    monkeypatch.setattr(pipeline, "rival", lambda *given: THERE)
+    monkeypatch.setattr(pipeline, "race", lambda *given: won)
+    x, y = np.random.default_rng(0).random((60, 8), np.float32), np.arange(60) % 3
+    torch.manual_seed(0)
+    report = pipeline.run(
+        torch.nn.Linear(8, 3), data=(x, y), provider="cpu,openvino", threads=(1,),
+        out=tmp_path / "run",
+    )  # fmt: skip
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert (best["runtime"], best["provider"], best["threads"]) == ("openvino", "cpu", 1)
+    assert {"artifact", "sha256", "settings", "disabled"} <= set(best)
+    assert problem(json.loads(json.dumps(report.document))) is None
+    assert report.document["recommendation"].endswith(verdict.runtimes(won))
+
+
+def test_a_run_with_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    x, y = np.random.default_rng(0).random((60, 8), np.float32), np.arange(60) % 3
+    torch.manual_seed(0)
+    report = pipeline.run(
+        torch.nn.Linear(8, 3), data=(x, y), provider=("cpu", "openvino"), threads=(1,),
+        out=tmp_path / "run",
+    )  # fmt: skip
+    rows = {row["runtime"]: row for row in report.document["measurements"]}
+    assert rows["openvino"]["session"]["settings"]["INFERENCE_PRECISION_HINT"] == "f32"
+    assert rows["openvino"]["accuracy"] == rows["onnxruntime"]["accuracy"]
+    assert rows["openvino"]["placement"]["share"] == {"CPU": 1}
+    assert report.document["runtimes"]["within_budget"]
+
+
+# --- int8 on CUDA ---
+
+
+@pytest.mark.parametrize(
+    ("scheme", "provider", "present", "warned"),
+    [
+        ("static", "cuda", True, True),
+        ("dynamic", "cuda", True, True),
+        ("fp16", "cuda", True, False),
+        ("static", "cpu", True, False),
+        ("static", "cuda", False, False),
+    ],
+)
+def test_fp16_is_offered_for_int8_on_cuda(
+    scheme: str, provider: str, present: bool, warned: bool
+) -> None:
+    from types import SimpleNamespace
+
+    from compressor.pipeline.document import _on_gpu
+    from compressor.recipe import Step
+
+    maker: Any = SimpleNamespace(resolved=[Step("quantize", {"scheme": scheme}, name="q")])
+    measured = Measured(["CUDAExecutionProvider"] if present else [], None, {})
+    assert _on_gpu(maker, measured, [Target(provider=provider)]) == [GPU] * warned
