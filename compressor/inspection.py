@@ -43,15 +43,13 @@ INT8: dict[str, tuple[type[nn.Module], ...]] = {
         nn.Conv1d,
         nn.Conv2d,
         nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
         nn.Linear,
+        nn.LSTM,
         nn.MultiheadAttention,
     ),
 }
 """Layers whose weights become 8-bit, by scheme: those that export to an operator which
-:mod:`compressor.stages.quantize` names (dynamic) or which has an 8-bit kernel (static)."""
+:mod:`compressor.stages.quantize` gives 8 bits."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,13 @@ def test_a_factory_that_is_none(tmp_path: Path, arch: str, said: str) -> None:
         (["--prune", "-0.1"], "--prune '-0.1'"),
         (["--prune", "half"], "--prune 'half'"),
         (["--prune", "nan"], "--prune 'nan'"),
-        (["--quantize", "int7"], "choose from none, fp16, int8, int8-dynamic, int8-static"),
+        (
+            ["--quantize", "int7"],
+            "choose from none, fp16, bf16, int8, int8-dynamic, int8-static, int8-qat, "
+            "int8-weights, int4",
+        ),
+        (["--time-budget", "0"], "--time-budget 0.0: give seconds, more than 0"),
+        (["--time-budget", "nan"], "--time-budget nan"),
         (["--provider", "tpu"], "choose from cpu, cuda"),
         (["--provider", ""], "choose from cpu, cuda"),
         (["--batch", "one"], "--batch 'one'"),

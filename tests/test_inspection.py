@@ -21,7 +21,8 @@ from compressor.inspection import INT8, Inspection, inspect
 from compressor.stages.prune import Sound
 from compressor.stages.prune.group import Cut
 from compressor.stages.prune.sensitivity import Curve
-from compressor.stages.quantize import DYNAMIC
+from compressor.stages.quantize.dynamic import PRODUCTS
+from compressor.stages.quantize.kernels import WEIGHTED
 
 
 def saved(model: nn.Module, path: Path, example: torch.Tensor) -> Path:
@@ -170,14 +171,12 @@ def test_attention_and_hidden_units(attention: str, kind: str, units: int) -> No
     assert names >= {layer for group in groups for layer in group["layers"]}
     assert document["int8"] == {
         "dynamic": ["attention", "lstm", "head"],
-        "static": ["attention", "head"],
+        "static": ["attention", "lstm", "head"],
         "float": ["gru"],
     }
 
 
 def test_int8_is_what_the_quantizer_does() -> None:
-    from onnxruntime.quantization.registry import QDQRegistry
-
     becomes: list[tuple[set[str], tuple[type[nn.Module], ...]]] = [
         ({"MatMul", "Gemm"}, (nn.Linear, nn.MultiheadAttention)),
         ({"Conv"}, (nn.Conv1d, nn.Conv2d, nn.Conv3d)),
@@ -186,7 +185,7 @@ def test_int8_is_what_the_quantizer_does() -> None:
         ({"GRU"}, (nn.GRU,)),
         ({"RNN"}, (nn.RNN,)),
     ]
-    for scheme, known in (("dynamic", set(DYNAMIC)), ("static", set(QDQRegistry))):
+    for scheme, known in (("dynamic", {*PRODUCTS, "LSTM"}), ("static", {*WEIGHTED, "LSTM"})):
         assert set(INT8[scheme]) == {
             kind for made, kinds in becomes if made <= known for kind in kinds
         }

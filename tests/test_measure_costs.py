@@ -243,7 +243,7 @@ def test_a_layer_that_does_not_run_is_one_line(tmp_path: Path) -> None:
 
 
 def test_only_the_cpu_has_costs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="measured on the cpu only"):
+    with pytest.raises(InputError, match="onnxruntime has them for the cpu only"):
         costs([CONV], Target(provider="cuda"), cache=tmp_path, start=unused)
 
 

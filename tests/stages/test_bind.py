@@ -98,10 +98,13 @@ def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
         ("distill", "weight", 1.1, "less than or equal to 1"),
         ("export", "opset", 17, "greater than or equal to 18"),
         ("export", "opset", 24, "less than or equal to 23"),
-        ("quantize", "scheme", "int7", "'dynamic', 'static' or 'fp16'"),
-        ("quantize", "scheme", ["static"], "'dynamic', 'static' or 'fp16'"),
+        ("quantize", "scheme", "int7", "'dynamic', 'static', 'weights', 'int4', 'fp16' or"),
+        ("quantize", "scheme", ["static"], "'dynamic', 'static', 'weights', 'int4', 'fp16' or"),
         ("quantize", "samples", 0, "greater than or equal to 1"),
         ("quantize", "samples", "many", "valid integer"),
+        ("quantize", "ranges", "widest", "'auto', 'minmax', 'each'"),
+        ("quantize", "repair", ["polish"], "'equalize', 'smooth', 'rounding' or 'bias'"),
+        ("quantize", "left", "conv", "valid array"),
     ],
 )
 def test_a_wrong_value_is_one_line(stage: str, setting: str, value: Any, said: str) -> None:

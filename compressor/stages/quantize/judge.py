@@ -40,10 +40,14 @@ class Judge:
         self, source: ir.Model, task: Task, held: Sequence[Inputs], *, together: bool = False
     ) -> None:
         self._task = task
-        self._held = held
         self._size = task.target.batch if together else BATCH
+        self._held = [
+            tuple(part[at : at + self._size] for part in given)
+            for given in held
+            for at in range(0, len(given[0]), self._size)
+        ]
         self._names = [str(value.name) for value in source.graph.inputs]
-        self._wanted = self._outputs(source, held)
+        self._wanted = self._outputs(source, self._held)
 
     def sqnr(self, model: ir.Model) -> float:
         """Signal-to-quantization-noise ratio of the first output on the held batches, in dB."""

@@ -71,10 +71,14 @@ def affine(span: Range, codes: Codes) -> tuple[np.float32, int]:
 
 
 def channel_scales(weight: Array, axis: int, codes: Codes) -> Array:
-    """float32 ``(channels,)``: the largest weight of each channel gets the largest code."""
+    """float32 ``(channels,)``: the largest weight of each channel gets the largest code.
+
+    A channel without weights gets the largest scale of the others: its bias has steps of it.
+    """
     others = tuple(at for at in range(weight.ndim) if at != axis)
     peaks = np.abs(weight).max(axis=others)
-    return np.where(peaks > 0, peaks / codes.largest, 1.0).astype(np.float32)
+    whole = peaks.max() or codes.largest
+    return (np.where(peaks > 0, peaks, whole) / codes.largest).astype(np.float32)
 
 
 def nearest(weight: Array, scales: Array, axis: int, codes: Codes) -> Array:
@@ -103,9 +107,9 @@ def _weights(
         own = channel_scales(weight, axis, codes)
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if bias is not None:
-            # A bias has 32 bits: a channel of tiny weights must not push it over.
+            # Bias and sum share 32 bits: a channel of tiny weights must not push them over.
             bias = bias.reshape(-1)
-            least = np.abs(bias) / (float(scale) * (2.0**31 - 2**8))
+            least = np.abs(bias) / (float(scale) * 2.0**30)
             own = np.maximum(own, least).astype(np.float32)
         held = rounding(node, weight, own, axis) if rounding else nearest(weight, own, axis, codes)
         name = f"{value.name}_of_{node.name}" if len(value.uses()) > 1 else str(value.name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compressor.measure.environment import cores
 from compressor.stages.quantize import budget, guard
 from compressor.stages.quantize.judge import Judge
+from compressor.stages.quantize.kernels import CLAMPING
 from compressor.stages.quantize.plan import plan
 from compressor.task import Task
 
@@ -62,7 +63,7 @@ def islands(model: ir.Model, names: Collection[str]) -> list[tuple[list[str], li
         }
         # A clamp stands between what a node makes and what is held of it.
         out = node.outputs[0]
-        while out.name not in ours.held and len(out.consumers()) == 1:
+        while out.name not in ours.held and _clamped(out):
             out = out.consumers()[0].outputs[0]
         values |= {ours.held[str(out.name)]} if out.name in ours.held else set()
         whole: tuple[set[str], set[str], set[str]] = ({str(node.name)}, values, set())
@@ -75,6 +76,11 @@ def islands(model: ir.Model, names: Collection[str]) -> list[tuple[list[str], li
         for part in parts
         if part[0] & set(names)
     ]
+
+
+def _clamped(value: ir.Value) -> bool:
+    readers = value.consumers()
+    return len(readers) == 1 and readers[0].op_type in CLAMPING
 
 
 def hurting(model: ir.Model, task: Task) -> tuple[str, ...]:

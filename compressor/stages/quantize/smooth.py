@@ -38,6 +38,7 @@ class _Site(NamedTuple):
     value: ir.Value
     layers: tuple[Layer, ...]
     norm: ir.Node | None
+    maker: Layer | None
 
 
 def places(model: ir.Model, *, insert: bool = False) -> list[str]:
@@ -55,9 +56,10 @@ def smooth(
     """Smooths, in place, what MatMuls and Gemms read; returns each value changed and its alpha.
 
     All layers that read a value share ``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)``. Where they
-    are the only readers of a normalisation (:data:`NORMS`), the scale goes into its constants and
-    costs nothing. ``insert`` also smooths values that others read too (the residual of a BERT) or
-    that nothing can take the scale of (Gelu), by one Mul in front of their layers.
+    are the only readers of a normalisation (:data:`NORMS`), the scale goes into its constants, and
+    where they are those of an attention, into the layer that makes its values: that costs nothing.
+    ``insert`` also smooths values that others read too (the residual of a BERT) or that nothing can
+    take the scale of (Gelu), by one Mul in front of their layers.
 
     ``samples`` has rows ``(n, channels)`` of values (:func:`places`), and ``peaks`` their largest
     absolute element per channel ``(channels,)`` from all of the calibration (default: from the
@@ -88,6 +90,16 @@ def smooth(
                 held = constant(site.norm.inputs[index]) if index < len(site.norm.inputs) else None
                 if held is not None:
                     put(model, site.norm, index, (held / scale).astype(held.dtype))
+        elif site.maker is not None:
+            made = constant(site.maker.node.inputs[1])
+            assert made is not None
+            thin = unfolded(site.maker.node, made) / scale[None, :, None, None]
+            put(model, site.maker.node, 1, folded(site.maker.node, thin, made))
+            if site.maker.bias is not None:
+                node, index = site.maker.bias
+                bias = constant(node.inputs[index])
+                assert bias is not None
+                put(model, node, index, (bias / scale).astype(bias.dtype))
         else:
             _divided(model, site, scale)
     if chosen:
@@ -105,13 +117,33 @@ def _sites(model: ir.Model, insert: bool) -> list[_Site]:
             read.setdefault(value, []).append(layer)
     sites = []
     for value, layers in read.items():
-        norm = value.producer()
+        norm, maker = value.producer(), None
         alone = len(value.uses()) == len(layers) and not value.is_graph_output()
+        if norm is not None and alone:
+            maker = _valuing(norm)
         if norm is None or not alone or not _takes(norm, value):
             norm = None
-        if norm is not None or insert:
-            sites.append(_Site(value, tuple(layers), norm))
+        if norm is not None or maker is not None or insert:
+            sites.append(_Site(value, tuple(layers), norm, maker))
     return sites
+
+
+def _valuing(attention: ir.Node) -> Layer | None:
+    """The layer that makes the values of an attention, and nothing else: what the attention writes
+    is linear in them, channel by channel."""
+    if attention.op_type != "MultiHeadAttention" or len(attention.inputs) < 3:
+        return None
+    value = attention.inputs[2]
+    if value is None or len(value.uses()) != 1 or len(attention.outputs) > 1:
+        return None
+    if any(given is not None for given in attention.inputs[3:4]):  # a bias of its own
+        return None
+    maker = value.producer()
+    if maker is not None and maker.op_type == "Add":
+        sources = [one.producer() for one in maker.inputs if one is not None]
+        maker = next((node for node in sources if node is not None), None)
+    layer = None if maker is None or maker.op_type == "Conv" else layer_of(maker)
+    return layer if layer is not None and layer.output is value else None
 
 
 def _takes(norm: ir.Node, value: ir.Value) -> bool:

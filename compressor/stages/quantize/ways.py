@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -41,7 +42,7 @@ that keeps its own SQNR highest."""
 TRIAL = 128
 """Examples that a repair of the float graph is tried with."""
 
-LOOK = 64
+LOOK = 32
 """Examples of which means, peaks and samples are taken."""
 
 MARGIN = 0.2
@@ -49,6 +50,10 @@ MARGIN = 0.2
 
 ENOUGH = 40.0
 """Decibels at which nothing is left to repair: 1/10,000 of the output's power is noise."""
+
+FAIR = 20.0
+"""Decibels below which a repair may cost time: 1/100 of the output's power is noise. Smoothing puts
+Muls into the graph, which took 3 % of MiniLM's time."""
 
 ROWS = 1024
 """Samples of what a layer reads."""
@@ -77,6 +82,7 @@ class Way:
         self.codes = codes
         self.seed = seed
         self.held: dict[str, tuple[Array, Array]] = {}
+        self._last: tuple[frozenset[str], ir.Model] | None = None
 
     @property
     def weighted(self) -> list[str]:
@@ -89,9 +95,23 @@ class Way:
         return [*self.weighted, *recurrent(self.model)]
 
     def written(self, left: Collection[str] = ()) -> ir.Model:
-        """The graph in 8 bits, but for the nodes named in ``left``."""
+        """The graph in 8 bits, but for the nodes named in ``left``; nobody may change it.
+
+        The last one is kept: a search ends with what it has looked at.
+        """
+        key = frozenset(left)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._written(key)
+        return self._last[1]
+
+    def _written(self, left: Collection[str]) -> ir.Model:
         nodes = [name for name in self.names if name not in left]
         return dynamic(self.model, nodes, self.codes, self.rounding)
+
+    def _copied(self) -> Self:
+        other = copy.copy(self)
+        other._last = None
+        return other
 
     def rounding(self, node: ir.Node, weight: Array, scales: Array, axis: int) -> Array:
         """Codes of a weight: those that were chosen for these scales, or the nearest."""
@@ -122,7 +142,7 @@ class Way:
         nodes = [node for node in self.model.graph if node.name in weighted]
         if not nodes:
             return None
-        other = copy.copy(self)
+        other = self._copied()
         other.held = {}
         for part in _parts(nodes):
             other.held |= self._rounded(part)
@@ -131,7 +151,7 @@ class Way:
     def _rounded(self, nodes: Sequence[ir.Node]) -> dict[str, tuple[Array, Array]]:
         reads = {node: str(node.inputs[0].name) for node in nodes}  # type: ignore[union-attr]
         drawn: dict[ir.Node, list[Array]] = {node: [] for node in nodes}
-        looked = LOOK // 4
+        looked = LOOK // 2
         seen = observed(self.model, sorted(set(reads.values())), self.feeds(looked))
         for number, found in enumerate(seen):
             for node in nodes:
@@ -150,7 +170,7 @@ class Way:
 
     def _with(self, model: ir.Model) -> Self:
         """The same on another graph, of which less is looked at until it is kept."""
-        other = copy.copy(self)
+        other = self._copied()
         other.model, other.held = model, {}
         other.calibrate(min(TRIAL, self.samples))
         return other
@@ -187,7 +207,7 @@ class Way:
         for found in self._look(self.model, names):
             for name, x in found.items():
                 flat = x.reshape(-1, x.shape[-1])
-                at = rng.choice(len(flat), min(ROWS // 16, len(flat)), replace=False)
+                at = rng.choice(len(flat), min(ROWS // 8, len(flat)), replace=False)
                 rows.setdefault(name, []).append(flat[np.sort(at)])
         return {name: np.concatenate(parts)[:ROWS] for name, parts in rows.items()}
 
@@ -214,14 +234,14 @@ class Static(Way):
 
     def calibrate(self, samples: int | None = None) -> None:
         """Fills the histograms anew, from all examples or from so many."""
+        self._last = None
         ranged = plan(self.model).ranged
         count = self.samples if samples is None else samples
         self.histograms = (
             calibrate(self.model, ranged, self.feeds(count), seed=self.seed) if ranged else {}
         )
 
-    def written(self, left: Collection[str] = ()) -> ir.Model:
-        """The graph in 8 bits, but for the nodes named in ``left``."""
+    def _written(self, left: Collection[str]) -> ir.Model:
         ours = plan(self.model, left)
         # Without some layers a value may be ranged that its source stood for before.
         missing = [name for name in ours.ranged if name not in self.histograms]
@@ -237,7 +257,7 @@ class Static(Way):
 
     def by(self, method: str) -> Static:
         """The same with other ranges."""
-        other = copy.copy(self)
+        other = self._copied()
         other.method = method
         return other
 
@@ -251,7 +271,7 @@ class Static(Way):
         """The mean of every channel becomes that of the float graph (bias correction)."""
         if not self.weighted:
             return None
-        other = copy.copy(self)
+        other = self._copied()
         other.corrected = True
         return other
 
@@ -278,35 +298,50 @@ def settled(
     if not way.names:
         return way, []
     way.calibrate()
+    if isinstance(way, Static) and ranges != "auto":
+        way = way.by(ranges)
     nearness = 0.0
-    if isinstance(way, Static):
-        way.method = ranges
-        if ranges == "auto":
-            found: dict[str, float] = {}
-            for name in METHOD:
-                found[name] = judge.sqnr(way.by(name).written())
-                if found[name] >= ENOUGH or late():
-                    break
-            way.method = max(found, key=lambda name: found[name])
-    if repair is None:
-        nearness = judge.sqnr(way.written())
+    if ranges == "auto" or repair is None:
+        way, nearness = _ranged(way, judge, ranges, late)
     done: list[Repair] = []
     for name in way.repairs if repair is None else repair:
         if repair is None and (nearness >= ENOUGH or late()):
             break
+        if repair is None and name == "smooth" and nearness >= FAIR:
+            continue
         other = REPAIRS[name](way)  # type: ignore[arg-type]  # it has what its class names
         if other is None:
             continue
-        if repair is None:
+        again = other.model is not way.model
+        if again and (ranges == "auto" or repair is None):
+            # What range is best for a value depends on what was moved out of it.
+            other, now = _ranged(other, judge, ranges, late)
+        elif repair is None:
             now = judge.sqnr(other.written())
+        if repair is None:
             if now < nearness + MARGIN:
                 continue
             nearness = now
-        if other.model is not way.model:
+        if again:
             other.calibrate()
         way = other
         done.append(name)
     return way, done
+
+
+def _ranged(way: Way, judge: Judge, ranges: Ranges, late: Callable[[], bool]) -> tuple[Way, float]:
+    """The way with the method of ranges that keeps the output nearest to float, and how near."""
+    if ranges != "auto" or not isinstance(way, Static):
+        return way, judge.sqnr(way.written())
+    best, nearness = way, -math.inf
+    for name in METHOD:
+        other = way.by(name)
+        now = judge.sqnr(other.written())
+        if now > nearness:
+            best, nearness = other, now
+        if nearness >= ENOUGH or late():
+            break
+    return best, nearness
 
 
 def _parts(nodes: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
