@@ -123,8 +123,11 @@ def quantize(
     stay = frozenset(left or ())
     if left is None and not late():
         if search.timed(task):
-            stay = search.slow(model, write, names, task)
+            stay, why = search.slow(exact, model, write, names, task)
+            facts |= {"note": why} if why else {}
         stay, found = search.within(model, write, names, stay, task, judge, late, save)
+        if "note" in facts and "note" in found:
+            found["note"] = f"{facts['note']}; {found['note']}"
         facts |= found
     made = write(stay)
     companions = save(made)

@@ -19,8 +19,9 @@ from compressor.errors import StageError
 from compressor.measure.costs import milliseconds
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.protocol import observe
-from compressor.measure.statistics import Blocks, speedup
+from compressor.measure.statistics import Blocks, speedup, summary
 from compressor.stages.quantize.graph import write
+from compressor.stages.quantize.kernels import codes
 from compressor.task import Inputs, Task
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ MS = 40.0
 
 GAIN = 1.01
 """A change is kept where the whole interval of its speed-up lies above this."""
+
+CONVERTING = 0.15
+"""The share of conversions in a graph's time that explains by itself why it is slow."""
+
+SMALL = 0.1
+"""Milliseconds of a model in which the calls of kernels cost more than what they compute."""
 
 HURTING = ("SkipLayerNormFusion",)
 """Fusions of onnxruntime that slow some models down on some CPUs; each is tried where it applies.
@@ -172,6 +179,29 @@ def saved(
         for end in ("_QuantizeLinear", "_DequantizeLinear")
     )
     return sum(floats.values()) - sum(eights.values()) - ends
+
+
+def reason(
+    times: Blocks, before: Mapping[str, float], after: Mapping[str, float], bits: int | None = None
+) -> str:
+    """Why 8 bits gain nothing: ``times`` are those of the float graph, ``before`` and ``after`` the
+    profiles of both."""
+    if (codes().bits if bits is None else bits) < 8:
+        return "8 bits are not faster here: this CPU has no 8-bit dot products (VNNI)"
+    share = edges(after)
+    if share > CONVERTING:
+        return f"8 bits are not faster here: {share:.0%} of the time goes into conversions"
+    ms = summary(times)["p50"]
+    if ms < SMALL:
+        return f"8 bits are not faster here: the model is too small, {ms:.3g} ms in float"
+    return "8 bits are not faster here: onnxruntime's float kernels keep up on these layers"
+
+
+def edges(times: Mapping[str, float]) -> float:
+    """The share of a profile that conversions between float and 8 bits take."""
+    whole = sum(times.values())
+    ends = ("_QuantizeLinear", "_DequantizeLinear", "_Dynamic")
+    return sum(ms for name, ms in times.items() if name.endswith(ends)) / whole if whole else 0.0
 
 
 def fusions(model: ir.Model) -> Collection[str]:

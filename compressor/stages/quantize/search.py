@@ -26,10 +26,15 @@ def timed(task: Task) -> bool:
     return (target.runtime, target.provider) == ("onnxruntime", "cpu") and here
 
 
-def slow(source: ir.Model, write: Write, names: Sequence[str], task: Task) -> frozenset[str]:
-    """Nodes that are faster in float on the task's target, proven by timing both by turns.
+def slow(
+    exact: ir.Model, source: ir.Model, write: Write, names: Sequence[str], task: Task
+) -> tuple[frozenset[str], str]:
+    """Nodes that are faster in float on the task's target, proven by timing both by turns; and why
+    8 bits gain nothing here, where that is so.
 
-    ``source`` is the float graph that ``write`` quantizes, ``names`` its weighted nodes.
+    ``source`` is the float graph that ``write`` quantizes, ``names`` its weighted nodes, ``exact``
+    the graph as it was given. Where even the rest of the nodes is no faster in 8 bits than
+    ``exact``, none is named: such a graph serves its size, and half of it would serve nothing.
     """
     whole = write(())
     before, after = guard.profile(source, task), guard.profile(whole, task)
@@ -43,10 +48,18 @@ def slow(source: ir.Model, write: Write, names: Sequence[str], task: Task) -> fr
     ]
     left = frozenset(suspects)
     if not left:
-        return left
-    other = source if left == frozenset(names) else write(left)
-    times = guard.race({"whole": whole, "without": other}, task)
-    return left if guard.faster(times, "without", "whole", task.seed) else frozenset()
+        return left, ""
+    models = {"float": exact, "whole": whole}
+    if left != frozenset(names):
+        models["without"] = write(left)
+    times = guard.race(models, task)
+    if "without" in models and all(
+        guard.faster(times, "without", other, task.seed) for other in ("whole", "float")
+    ):
+        return left, ""
+    if guard.faster(times, "whole", "float", task.seed):
+        return frozenset(), ""
+    return frozenset(), guard.reason(times["float"], before, after)
 
 
 def islands(model: ir.Model, names: Collection[str]) -> list[tuple[list[str], list[str]]]:
