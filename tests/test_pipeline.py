@@ -27,6 +27,7 @@ from compressor.stages import STAGES
 from compressor.stages.quantize import search
 from compressor.task import Split, Splits
 
+
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a search times decides what it makes: two runs here have to make the same."""

@@ -167,12 +167,9 @@ def runs_of(name: str, files: Mapping[str, Any], batch: int) -> list[Run]:
     }
     runs = [Run(FP32), Run(FP32, "openvino")]
     for key in sorted(there):
-        if not key.startswith("ours-"):
-            runs += [Run(key)] if "openvino" not in key else []
-            # OpenVINO runs a QDQ file of any maker; onnxruntime's dynamic ones are not for it.
-            runs += [Run(key, "openvino")] if "static-best" in key or "nncf" in key else []
-        else:
-            runs.append(Run(key, "openvino" if "openvino" in key else "onnxruntime"))
+        runs += [] if "openvino" in key else [Run(key)]
+        # onnxruntime's dynamic files and its defaults are nothing that one would run in OpenVINO.
+        runs += [Run(key, "openvino")] if "ort-" not in key or key == "ort-static-best" else []
     if name == "minilm":
         whole = [Run(FP32), *(run for run in runs if "ort-" in run.file)]
         runs += [

@@ -31,14 +31,11 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Given:
-    """What a maker gets: the float file, calibration arrays by input, and where to write.
-
-    Every other module is imported from ``imports`` before the clock starts.
-    """
+    """What a maker gets: the float file, files of calibration data by input, where to write."""
 
     folder: Path
     into: Path
-    feeds: Mapping[str, Any]
+    feeds: Mapping[str, Path]
     samples: int
 
     @property
@@ -49,8 +46,14 @@ class Given:
     def batches(self, size: int) -> Iterator[dict[str, Any]]:
         """The calibration examples, ``size`` at a time."""
         for start in range(0, self.samples, size):
-            stop = min(start + size, self.samples)
-            yield {name: np.array(x[start:stop]) for name, x in self.feeds.items()}
+            yield self.examples(start, min(start + size, self.samples))
+
+    def examples(self, start: int, stop: int) -> dict[str, Any]:
+        """Some of them; the files are mapped anew each time, or their pages would stay counted."""
+        return {
+            name: np.array(np.load(path, mmap_mode="r")[start:stop])
+            for name, path in self.feeds.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _fused(given: Given) -> Found:
     with torch.no_grad():
         torch.onnx.export(
             model,
-            tuple(torch.from_numpy(np.array(x[:2])) for x in given.feeds.values()),
+            tuple(map(torch.from_numpy, given.examples(0, 2).values())),
             str(path),
             dynamo=False,
             opset_version=17,
@@ -161,7 +164,9 @@ def _nncf(given: Given, preset: str, openvino: bool) -> Found:
     transformer = nncf.ModelType.TRANSFORMER if given.folder.name == "minilm" else None
     quantized = partial(
         nncf.quantize,
-        calibration_dataset=nncf.Dataset(list(range(given.samples)), _example(given)),
+        calibration_dataset=nncf.Dataset(
+            range(given.samples), lambda at: given.examples(at, at + 1)
+        ),
         preset=nncf.QuantizationPreset(preset),
         subset_size=given.samples,
         model_type=transformer,
@@ -177,10 +182,6 @@ def _nncf(given: Given, preset: str, openvino: bool) -> Found:
 
     onnx.save(quantized(onnx.load(given.source)), str(given.into.with_suffix(".onnx")))
     return {}
-
-
-def _example(given: Given) -> Callable[[int], dict[str, Any]]:
-    return lambda at: {name: np.array(x[at : at + 1]) for name, x in given.feeds.items()}
 
 
 # --- ours
@@ -235,8 +236,11 @@ FILES: dict[str, File] = {
             ("torch", "onnxruntime", "onnx", "onnx_ir"),
             batch=batch,
         )
-        for scheme in ("dynamic", "static")
-        for runtime in ("onnxruntime", "openvino")
+        for scheme, runtime in (
+            ("dynamic", "onnxruntime"),
+            ("static", "onnxruntime"),
+            ("static", "openvino"),
+        )
         for batch in (1, 32)
     },
 }
@@ -250,8 +254,7 @@ def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     feeds = {
-        given["name"]: np.load(folder / f"calibrate-{at}.npy", mmap_mode="r")
-        for at, given in enumerate(about["inputs"])
+        given["name"]: folder / f"calibrate-{at}.npy" for at, given in enumerate(about["inputs"])
     }
     file = FILES[name]
     for module in file.imports:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from compressor import zoo
@@ -30,7 +31,7 @@ from compressor.loading import task as tasks
 from compressor.stages.export import export
 from compressor.stages.losses import LOSSES
 from compressor.stages.training import fit
-from compressor.task import Array, Input, Inputs, Kind, Split, Splits, Task
+from compressor.task import Array, Batch, Input, Inputs, Kind, Split, Splits, Task
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "pruning"))
 import peers  # the pruning benchmarks' models and cells
@@ -330,7 +331,7 @@ def task_of(folder: Path) -> Task:
     model = MODELS[folder.name]
     if about["synthetic"]:
         return _task(model, lambda: _module(folder))
-    parts = {part: Split.arrays(*arrays(folder, part)) for part in PARTS}
+    parts = {part: _split(folder, part) for part in PARTS}
     splits = Splits(parts["calibrate"], parts["validate"], parts["calibrate"], parts["test"])
     return _task(model, lambda: _module(folder), splits)
 
@@ -338,6 +339,14 @@ def task_of(folder: Path) -> Task:
 def _module(folder: Path) -> nn.Module:
     model: nn.Module = torch.load(folder / "model.pt", weights_only=False)
     return model.eval()
+
+
+def _split(folder: Path, part: str) -> Split:
+    def fetch(at: NDArray[np.intp]) -> Batch:
+        inputs, targets = arrays(folder, part)  # mapped anew, or the pages would stay counted
+        return tuple(np.asarray(given[at]) for given in inputs), targets[at]
+
+    return Split(fetch, np.arange(len(arrays(folder, part)[1])))
 
 
 def arrays(folder: Path, part: str) -> tuple[Inputs, Array]:

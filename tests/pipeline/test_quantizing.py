@@ -1,4 +1,4 @@
-"""Quantization in a run: its budgets, what it leaves on disk, and what best.onnx needs beside it."""
+"""Quantization in a run: its budgets, what it leaves on disk, what best.onnx needs beside it."""
 
 from __future__ import annotations
 

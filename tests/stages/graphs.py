@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HEAD = '<ir_version: 10, opset_import: ["": 20, "com.microsoft": 1]> g '
 
 
-def drawn(text: str, **held: Array) -> ir.Model:
+def drawn(text: str, **held: Array | np.float32) -> ir.Model:
     """The graph ``(inputs) => (outputs) { nodes }`` with these constants, types inferred.
 
     A node is named after its operator and its first output: ``y = Conv(x, w)`` is ``Conv_y``.

@@ -46,9 +46,7 @@ def nets(draw: st.DrawFn) -> tuple[Net, list[str], float]:
 
 def prefix(net: Net, order: list[str], budget: float) -> int:
     """The fewest layers, in this order, that have to go."""
-    return next(
-        size for size in range(len(order) + 1) if net.of(frozenset(order[:size])) <= budget
-    )
+    return next(size for size in range(len(order) + 1) if net.of(frozenset(order[:size])) <= budget)
 
 
 @given(nets())
@@ -90,9 +88,7 @@ def test_drops_are_few_where_few_layers_have_to_go(
 @given(nets(), st.integers(0, 8))
 def test_it_stops_when_it_is_late(given: tuple[Net, list[str], float], looks: int) -> None:
     net, order, budget = given
-    left, lost = returned(
-        order, net.drop, budget, net.keep, late=lambda: len(net.asked) >= looks
-    )
+    left, lost = returned(order, net.drop, budget, net.keep, late=lambda: len(net.asked) >= looks)
     assert len(net.asked) <= max(1, looks)
     assert (left, lost) == net.kept[-1]
     assert lost == net.of(left)
@@ -131,7 +127,7 @@ def test_drops_that_jump_about_give_the_best_that_was_seen(drops: list[float], s
 
 def test_an_answer_beyond_all_measure_is_bettered() -> None:
     net = Net({"a": inf, "b": 0.0})
-    assert returned(["b", "a"], net.drop, 0.1, net.keep) == ({"a"}, 0.0)
+    assert returned(["b", "a"], net.drop, 0.1, net.keep) == (frozenset({"a"}), 0.0)
 
 
 # --- the ranking

@@ -48,7 +48,13 @@ def test_kernels_are_found_whatever_onnxruntime_calls_them(head: str, name: str,
 
 
 def test_kernels_of_one_node_add_up() -> None:
-    times = {"Conv_a": 1.0, "fused Conv_a": 0.25, "Conv_c_token_1": 3.0, "s_nchwc": 0.5, "Tanh_y": 9.0}
+    times = {
+        "Conv_a": 1.0,
+        "fused Conv_a": 0.25,
+        "Conv_c_token_1": 3.0,
+        "s_nchwc": 0.5,
+        "Tanh_y": 9.0,
+    }
     assert guard.costs(chain(), NAMES, times) == {"Conv_a": 1.25, "Conv_c": 3.5}
 
 
@@ -117,6 +123,33 @@ def test_a_median_alone_proves_nothing() -> None:
     rng = np.random.default_rng(0)
     noisy = [rng.uniform(0.5, 1.6, 5).tolist() for _ in range(8)]
     assert not guard.faster({"one": noisy, "other": [[1.1] * 5] * 8}, "one", "other")
+
+
+# --- why nothing is gained
+
+
+@pytest.mark.parametrize(
+    ("ms", "bits", "converting", "said"),
+    [
+        (5.0, 7, 0.5, "no 8-bit dot products"),
+        (5.0, 8, 0.5, "50% of the time goes into conversions"),
+        (0.05, 8, 0.1, "too small, 0.05 ms in float"),
+        (5.0, 8, 0.1, "float kernels keep up"),
+    ],
+)
+def test_the_reason_is_the_first_that_explains_it(
+    ms: float, bits: int, converting: float, said: str
+) -> None:
+    after = {"Conv_a": 1 - converting, "x_QuantizeLinear": converting}
+    reason = guard.reason([[ms] * 5] * 8, {"Conv_a": 1.0}, after, bits)
+    assert said in reason
+    assert "\n" not in reason
+
+
+def test_conversions_are_a_share_of_the_time() -> None:
+    times = {"a": 2.0, "x_QuantizeLinear": 1.0, "y_DequantizeLinear": 0.5, "z_Dynamic": 0.5}
+    assert guard.edges(times) == 0.5
+    assert guard.edges({}) == 0
 
 
 # --- for real

@@ -125,7 +125,7 @@ def test_a_part_of_a_large_split_is_enough(monkeypatch: pytest.MonkeyPatch) -> N
 
     def fetch(at: Any) -> Any:
         read.extend(at)
-        return given.splits.validate.fetch(at)  # type: ignore[union-attr]
+        return given.splits.validate.fetch(at)
 
     def never(at: Any) -> Any:
         raise AssertionError

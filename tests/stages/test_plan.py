@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.stages.quantize.plan import axis_of, plan
+from compressor.task import Array
 
 IMAGE = "(float[n, 4, 8, 8] x)"
 W, V, B = floats(0, (4, 4, 3, 3), (4, 4, 3, 3), (4,))
@@ -304,7 +305,13 @@ def nets(draw: st.DrawFn) -> tuple[str, list[str]]:
     return f"{IMAGE} => ({outputs}) {{ {' '.join(lines)} }}", left
 
 
-CONSTANTS = {"w": W, "v": V, "b": B, "low": np.float32(0), "high": np.float32(2)}
+CONSTANTS: dict[str, Array | np.float32] = {
+    "w": W,
+    "v": V,
+    "b": B,
+    "low": np.float32(0),
+    "high": np.float32(2),
+}
 
 
 @settings(max_examples=60)

@@ -74,9 +74,7 @@ def test_codes_cover_the_range_and_reach_no_further(low: float, high: float, cod
     axis=st.integers(0, 1),
     codes=CODES,
 )
-def test_every_channel_uses_all_codes(
-    seed: int, shape: list[int], axis: int, codes: Codes
-) -> None:
+def test_every_channel_uses_all_codes(seed: int, shape: list[int], axis: int, codes: Codes) -> None:
     (weight,) = floats(seed, tuple(shape))
     weight[(slice(None),) * axis + (0,)] = 0  # a channel without weights
     scales = channel_scales(weight, axis, codes)
@@ -94,7 +92,8 @@ def test_every_channel_uses_all_codes(
 
 def encoded(x: Array, scale: Array, zero: Array, codes: Codes) -> Array:
     """QuantizeLinear, in float32, less the zero point."""
-    return np.clip(np.rint(x / scale) + zero, codes.least, codes.least + 255) - zero
+    held = np.clip(np.rint(x / scale) + zero, codes.least, codes.least + 255)
+    return np.asarray(held - zero)
 
 
 @settings(max_examples=30)

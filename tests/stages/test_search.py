@@ -75,7 +75,7 @@ def test_branches_that_meet_are_one_island() -> None:
 
 
 def timing(
-    patch: pytest.MonkeyPatch, before: Profile, after: Profile, gain: float
+    patch: pytest.MonkeyPatch, before: Profile, after: Profile, **ms: float
 ) -> list[dict[str, Any]]:
     """Profiles and races with these times; the races that were run."""
     races: list[dict[str, Any]] = []
@@ -85,29 +85,45 @@ def timing(
 
     def race(models: dict[str, Any], task: Task) -> dict[str, list[list[float]]]:
         races.append(models)
-        return {"whole": [[gain] * 5] * 8, "without": [[1.0] * 5] * 8}
+        return {name: [[ms[name]] * 5] * 8 for name in models}
 
     patch.setattr(guard, "profile", profile)
     patch.setattr(guard, "race", race)
     return races
 
 
+def slow(source: Any = None) -> tuple[frozenset[str], str]:
+    given = two()
+    return search.slow(source or given, given, write, NAMES, TASK)
+
+
 EVEN = dict.fromkeys(NAMES, 4.0)
+GAIN = dict.fromkeys(NAMES, 1.0)
 
 
 def test_nothing_is_raced_where_everything_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    races = timing(monkeypatch, EVEN, dict.fromkeys(NAMES, 1.0), 2.0)
-    assert search.slow(two(), write, NAMES, TASK) == frozenset()
+    races = timing(monkeypatch, EVEN, GAIN)
+    assert slow() == (frozenset(), "")
     assert not races
 
 
-@pytest.mark.parametrize(("gain", "proven"), [(1.2, True), (1.0, False)])
+@pytest.mark.parametrize(
+    ("whole", "without", "left", "why"),
+    [
+        (3.0, 2.0, {"Conv_c"}, False),
+        (2.0, 2.0, set(), False),  # it makes no difference
+        (9.0, 5.0, set(), True),  # better than all in 8 bits, but not than float
+        (5.0, 9.0, set(), True),
+    ],
+)
 def test_suspects_go_where_the_race_proves_them_slower(
-    monkeypatch: pytest.MonkeyPatch, gain: float, proven: bool
+    monkeypatch: pytest.MonkeyPatch, whole: float, without: float, left: set[str], why: bool
 ) -> None:
-    races = timing(monkeypatch, EVEN, {**dict.fromkeys(NAMES, 1.0), "Conv_c": 5.0}, gain)
-    left = search.slow(two(), write, NAMES, TASK)
-    assert left == (frozenset({"Conv_c"}) if proven else frozenset())
+    after = {**GAIN, "Conv_c": 5.0}
+    races = timing(monkeypatch, EVEN, after, float=4.0, whole=whole, without=without)
+    found, reason = slow()
+    assert found == left
+    assert bool(reason) is why
     (raced,) = races
     assert raced["whole"].left == frozenset()
     assert raced["without"].left == {"Conv_c"}
@@ -117,21 +133,27 @@ def test_an_island_that_costs_more_than_it_saves_goes_as_a_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Both products are quicker in 8 bits, but not by what it takes to get there.
-    after = {**dict.fromkeys(NAMES, 1.0), "Gemm_d": 3.0, "MatMul_g": 3.5, "s_QuantizeLinear": 2.0}
-    timing(monkeypatch, EVEN, after, 1.2)
-    assert search.slow(two(), write, NAMES, TASK) == {"Gemm_d", "MatMul_g"}
+    after = {**GAIN, "Gemm_d": 3.0, "MatMul_g": 3.5, "s_QuantizeLinear": 2.0}
+    timing(monkeypatch, EVEN, after, float=4.0, whole=3.0, without=2.0)
+    assert slow()[0] == {"Gemm_d", "MatMul_g"}
 
 
-def test_all_in_float_is_the_float_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    races = timing(monkeypatch, EVEN, dict.fromkeys(NAMES, 9.0), 3.0)
-    source = two()
-    assert search.slow(source, write, NAMES, TASK) == frozenset(NAMES)
-    assert races[0]["without"] is source
+@pytest.mark.parametrize(("whole", "why"), [(9.0, True), (2.0, False)])
+def test_where_all_are_suspects_none_is_named(
+    monkeypatch: pytest.MonkeyPatch, whole: float, why: bool
+) -> None:
+    races = timing(monkeypatch, EVEN, dict.fromkeys(NAMES, 9.0), float=4.0, whole=whole)
+    exact = two()
+    found, reason = slow(exact)
+    assert found == frozenset()
+    assert bool(reason) is why
+    assert list(races[0]) == ["float", "whole"]
+    assert races[0]["float"] is exact
 
 
 def test_without_profiles_nobody_is_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
-    races = timing(monkeypatch, {}, {}, 9.0)
-    assert search.slow(two(), write, NAMES, TASK) == frozenset()
+    races = timing(monkeypatch, {}, {})
+    assert slow() == (frozenset(), "")
     assert not races
 
 
@@ -192,7 +214,9 @@ class Fake:
         return 40.0 - 100 * sum(self.lost[name] for name in NAMES if name not in model.left)
 
 
-def within(judge: Any, budget: float, **more: Any) -> tuple[frozenset[str], dict[str, Any], list[Any]]:
+def within(
+    judge: Any, budget: float, **more: Any
+) -> tuple[frozenset[str], dict[str, Any], list[Any]]:
     kept: list[Any] = []
     given: dict[str, Any] = {"left": frozenset(), "late": lambda: False, **more}
     task = replace(TASK, budget=budget, target=Target(threads=99))  # no profiles
@@ -233,7 +257,7 @@ def test_what_is_left_already_stays_left() -> None:
 
 def test_without_data_nothing_is_judged() -> None:
     judge = Fake(LOST)
-    judge.drop = lambda model: None  # type: ignore[method-assign, assignment]
+    judge.drop = lambda model: None  # type: ignore[method-assign]
     assert within(judge, 0.0) == (frozenset(), {}, [])
 
 

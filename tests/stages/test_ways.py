@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -196,7 +196,7 @@ def outliers() -> tuple[ir.Model, Array]:
     return model, x
 
 
-NETS = {
+NETS: dict[str, Callable[[], tuple[ir.Model, Array]]] = {
     "equalize": lambda: convolutions(0, 2.0),
     "smooth": outliers,
     "rounding": lambda: convolutions(1, 0.3),
@@ -242,7 +242,7 @@ def test_samples_that_do_not_fit_are_taken_in_parts(
     whole = way.rounded()
     monkeypatch.setattr(ways, "SAMPLED", 1)
     looked: list[list[str]] = []
-    real = ways.observed
+    real = ways.observed  # type: ignore[attr-defined]
 
     def observed(model: Any, names: list[str], feeds: Any) -> Any:
         looked.append(names)
