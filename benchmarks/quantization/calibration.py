@@ -65,9 +65,13 @@ def main() -> None:
     peers.write(asked.out, {"rows": rows, "memory_most_against_least": grown})
     heads = ["whose", "method", "samples", "s", "peak memory, MB", "of it imports", "tensors"]
     table = [
-        [row["whose"], row["method"], row["samples"]]
-        + [f"{row['seconds']:.1f}", f"{row['peak_bytes'] / MB:.0f}"]
-        + [f"{row['imported_bytes'] / MB:.0f}", row["tensors"]]
+        [
+            *(row[key] for key in ("whose", "method", "samples")),
+            f"{row['seconds']:.1f}",
+            f"{row['peak_bytes'] / MB:.0f}",
+            f"{row['imported_bytes'] / MB:.0f}",
+            row["tensors"],
+        ]
         for row in rows
     ]
     print(tabulate(table, heads, tablefmt="github", disable_numparse=True))
@@ -100,9 +104,8 @@ def _batches(folder: Path, samples: int, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _ours(folder: Path, method: str, samples: int) -> dict[str, Any]:
-    from compressor.stages.quantize import graph
+    from compressor.stages.quantize import graph, histogram
     from compressor.stages.quantize.calibrate import calibrate
-    from compressor.stages.quantize.histogram import METHODS as ranges
     from compressor.stages.quantize.plan import plan
     from compressor.stages.quantize.prepare import prepare
 
@@ -111,7 +114,7 @@ def _ours(folder: Path, method: str, samples: int) -> dict[str, Any]:
         prepare(model, static=True)
         feeds = _batches(folder, samples, BATCH["ours"])
         found = calibrate(model, plan(model).ranged, feeds)
-        return len([ranges[method](histogram) for histogram in found.values()])
+        return len([histogram.METHODS[method](one) for one in found.values()])
 
     return _timed(work)
 

@@ -221,7 +221,7 @@ def compared(folder: Path, run: Run, files: Mapping[str, Any], batch: int) -> di
         "disabled": protocol.disabled(artifact),
         "versions": {package: _version(package) for package in ("onnxruntime", "openvino")},
     }
-    name = f"{run.file}-{run.runtime}{'-without' if run.disabled else ''}-outputs-{batch}.json"
+    name = f"{run.file}@{run.runtime}{'-without' if run.disabled else ''}-outputs-{batch}.json"
     found: dict[str, Any] = peers.cell(folder / name, asked, make)
     return found
 

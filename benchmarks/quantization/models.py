@@ -8,6 +8,7 @@ a file or a module; validation (which only ours reads) shares them with calibrat
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import sys
@@ -98,10 +99,9 @@ def folder_of(name: str, work: Path, mnist: str | None) -> Path:
         (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
         return {"digest": digest(folder / "fp32.onnx")}
 
-    own = Path(__file__).read_bytes()
-    peers.cell(
-        folder / "prepared.json", {"code": zlib.crc32(own), "torch": torch.__version__}, made
-    )
+    build = inspect.getsource(getattr(model.build, "func", model.build))
+    asked = {"build": zlib.crc32(build.encode()), "torch": torch.__version__}
+    peers.cell(folder / "prepared.json", asked, made)
     return folder
 
 
