@@ -104,7 +104,8 @@ def _batches(folder: Path, samples: int, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _ours(folder: Path, method: str, samples: int) -> dict[str, Any]:
-    from compressor.stages.quantize import graph, histogram
+    from compressor.stages import graph
+    from compressor.stages.quantize import histogram
     from compressor.stages.quantize.calibrate import calibrate
     from compressor.stages.quantize.plan import plan
     from compressor.stages.quantize.prepare import prepare

@@ -134,7 +134,7 @@ def made(folder: Path, name: str, file: File) -> dict[str, Any]:
         (folder / f"{name}.log").write_text(ran.stdout + ran.stderr, encoding="utf-8")
         last = (ran.stderr if ran.returncode else ran.stdout).strip().rpartition("\n")[2]
         if ran.returncode:
-            return {"failed": last[:200] or f"exit code {ran.returncode}"}
+            raise ChildProcessError(last[:200] or f"exit code {ran.returncode}")
         said: dict[str, Any] = json.loads(last)
         if "failed" not in said:
             paths = _paths(folder, said)
@@ -150,7 +150,11 @@ def made(folder: Path, name: str, file: File) -> dict[str, Any]:
         "versions": {package: _version(package) for package in file.versions},
         "code": peers.code() if name.startswith("ours-") else None,
     }
-    found: dict[str, Any] = peers.cell(folder / f"{name}.json", asked, make)
+    found: dict[str, Any]
+    try:
+        found = peers.cell(folder / f"{name}.json", asked, make)
+    except ChildProcessError as error:  # not kept: the next call tries again
+        found = {"failed": str(error)}
     return found
 
 

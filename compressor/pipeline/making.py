@@ -154,6 +154,7 @@ class Maker:
 
     def _made(self, step: Step, source: Artifact) -> tuple[Artifact | None, dict[str, Any]]:
         made = reason = None
+        before = _changed(self.folder.artifacts / f"{step.name}.onnx")
         with watched() as seen:
             try:
                 made = STAGES[step.stage](
@@ -163,7 +164,7 @@ class Maker:
                 reason = str(error)
             except KeyboardInterrupt:
                 best = self.folder.artifacts / f"{step.name}.onnx"
-                if step.stage == "quantize" and best.is_file():
+                if step.stage == "quantize" and _changed(best) != before:
                     raise KeyboardInterrupt(f"the best of {step.name} so far is {best}") from None
                 raise
             except InputError:
@@ -177,6 +178,11 @@ class Maker:
                 ) from error
         source.checked()
         return made, {**seen, "skipped": reason}
+
+
+def _changed(path: Path) -> int | None:
+    """When a file was last written; ``None`` where there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 @contextmanager

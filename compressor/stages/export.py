@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,11 @@ from compressor.errors import StageError, one_line
 from compressor.loading import torchfile
 from compressor.loading.task import tensors
 from compressor.measure.runtime import Session, open_session
+from compressor.stages import graph
 from compressor.task import Array, Inputs, Task
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 SUFFIX = ".onnx"
 
@@ -58,11 +62,14 @@ def export(
     Raises :class:`StageError` when the exporter refuses the model, or when onnxruntime and PyTorch
     disagree at batch 1, 2 or 7 by more than rounding explains.
     """
+    import onnx
+
     model, edits = torchfile.open_model(artifact, task)
     path = into.with_name(into.name + SUFFIX)
-    proto = exported(model, task, opset)
+    found = exported(model, task, opset)
     with replacing(path) as beside:
-        beside.write_bytes(proto.SerializeToString(deterministic=True))
+        companions = graph.write(found, beside, path.name)
+        onnx.checker.check_model(beside, full_check=True)
         differences = parity(beside, model, task)
         worst = float(np.max(list(differences.values())))  # NaN stays NaN, unlike with max()
         stepped = any(edit["edit"] == "fake_quantize" for edit in edits)
@@ -74,13 +81,13 @@ def export(
                 f"exporting {artifact.name}: onnxruntime and PyTorch differ by {worst:.2g} of the "
                 f"largest output; allowed is {allowed:.2g}"
             )
-    return artifact.then(path, "onnx", "export", {"opset": opset}, parity=differences)
+    return artifact.then(
+        path, "onnx", "export", {"opset": opset}, companions=companions, parity=differences
+    )
 
 
-def exported(model: nn.Module, task: Task, opset: int) -> Any:
-    """The ``onnx.ModelProto``, without stack traces, paths and stale shapes."""
-    import onnx
-
+def exported(model: nn.Module, task: Task, opset: int) -> ir.Model:
+    """The model as an ONNX graph whose weights lie as they are used."""
     names = [given.name for given in task.inputs]
     batch = {0: torch.export.Dim("batch")}
     # The example has 2: an axis of 1 would be taken for a constant.
@@ -110,10 +117,7 @@ def exported(model: nn.Module, task: Task, opset: int) -> Any:
         noise.setLevel(level)
     assert program is not None
     _fold(program.model)
-    proto = program.model_proto
-    cleaned(proto)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
+    return program.model
 
 
 def _fold(model: Any) -> None:
@@ -140,30 +144,6 @@ def _why(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return one_line(StageError(text.splitlines()[0]), 200)
-
-
-def cleaned(proto: Any) -> None:
-    """Removes, in place, what differs between machines or misleads the quantizer.
-
-    Stack traces and paths are no part of a model; the exporter's shapes of initialisers break
-    ``quantize_dynamic`` ("Inferred shape and existing shape differ").
-    """
-    owners = [proto, *proto.functions]
-    graphs = [proto.graph]
-    nodes = [node for function in proto.functions for node in function.node]
-    while graphs:
-        graph = graphs.pop()
-        del graph.value_info[:]
-        owners += [graph, *graph.input, *graph.output, *graph.initializer]
-        nodes += graph.node
-        while nodes:
-            node = nodes.pop()
-            owners.append(node)
-            for attribute in node.attribute:  # the branches of an If, the body of a Loop
-                graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
-    for owner in owners:
-        owner.ClearField("doc_string")
-        owner.ClearField("metadata_props")
 
 
 def parity(path: Path, model: nn.Module, task: Task) -> dict[str, float]:

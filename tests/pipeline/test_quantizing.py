@@ -20,7 +20,8 @@ from compressor.cli import app
 from compressor.pipeline import verdict
 from compressor.pipeline.verdict import Choice
 from compressor.report import Report
-from compressor.stages.quantize import graph, search
+from compressor.stages import graph
+from compressor.stages.quantize import search
 from compressor.task import Task
 
 X = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)

@@ -11,7 +11,7 @@ import onnx.shape_inference
 import onnx_ir as ir
 from onnx import numpy_helper
 
-from compressor.stages.quantize.graph import opened
+from compressor.stages.graph import opened
 from compressor.stages.quantize.histogram import Range
 from compressor.stages.quantize.plan import plan
 

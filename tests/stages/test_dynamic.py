@@ -12,8 +12,8 @@ from graphs import answers, drawn, floats, sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.stages.graph import constant
 from compressor.stages.quantize.dynamic import dynamic, products, recurrent
-from compressor.stages.quantize.graph import constant
 from compressor.stages.quantize.kernels import Codes
 from compressor.stages.quantize.qdq import channel_scales, nearest
 from compressor.task import Array

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from standing import at_rest, exported, settled, small_cnn, task_of
 from torch import Tensor, nn
 
 from compressor import StageError, session, zoo
-from compressor.stages import export, prune
-from compressor.stages.export import ROUNDING, TOLERANCE, apart, cleaned, rounding
+from compressor.stages import export, graph, prune
+from compressor.stages.export import ROUNDING, TOLERANCE, apart, rounding
+from compressor.stages.graph import cleaned
 from compressor.task import Input
 
 IMAGE = (1, 8, 8)
@@ -259,10 +261,11 @@ def test_a_wrong_graph_is_refused_and_leaves_the_old_file(
     before, right = made.path.read_bytes(), module.exported  # type: ignore[attr-defined]
 
     def wrong(*given: Any) -> Any:
-        proto = right(*given)
-        bias = next(each for each in proto.graph.initializer if each.dims == [3])
-        bias.CopyFrom(onnx.numpy_helper.from_array(np.full(3, 1.0, np.float32), bias.name))
-        return proto
+        model = right(*given)
+        held = model.graph.initializers.values()
+        bias = next(value for value in held if list(value.const_value.shape) == [3])
+        bias.const_value = ir.tensor(np.full(3, 1.0, np.float32), name=bias.name)
+        return model
 
     monkeypatch.setattr(module, "exported", wrong)
     with pytest.raises(StageError, match=r"onnxruntime and PyTorch differ by .* of the largest"):
@@ -303,3 +306,23 @@ def test_the_opset_is_the_one_asked_for(tmp_path: Path, opset: int) -> None:
     made = export(at_rest(task, tmp_path), task, tmp_path / "m", opset=opset)
     versions = {each.domain: each.version for each in onnx.load(made.path).opset_import}
     assert versions[""] == opset
+
+
+def test_a_model_too_large_for_one_file_keeps_its_tensors_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(small_cnn(), (1, 8, 8))
+    rest = at_rest(task, tmp_path)
+    whole = export(rest, task, tmp_path / "whole")
+    monkeypatch.setattr(graph, "LIMIT", 100)
+    made = export(rest, task, tmp_path / "made")
+    assert [path.name for path in made.companions] == ["made.onnx.data"]
+    assert made.path.stat().st_size < whole.path.stat().st_size
+    x = task.examples(3)
+    assert np.array_equal(session(made.path)(*x), session(whole.path)(*x))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "made.onnx",
+        "made.onnx.data",
+        "model.safetensors",
+        "whole.onnx",
+    ]

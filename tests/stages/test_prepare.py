@@ -19,7 +19,7 @@ from standing import exported, task_of
 from torch import nn
 
 from compressor import zoo
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 from compressor.stages.quantize.prepare import PASSES, STATIC, prepare
 from compressor.stages.quantize.preparing.edit import sizes
 from compressor.task import Array

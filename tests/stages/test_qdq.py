@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_plan import CONSTANTS, IMAGE, SAME, nets
 
 from compressor.measure.placement import unfused_pairs
-from compressor.stages.quantize.graph import constant, write
+from compressor.stages.graph import constant, write
 from compressor.stages.quantize.histogram import Range
 from compressor.stages.quantize.kernels import Codes
 from compressor.stages.quantize.plan import axis_of, plan

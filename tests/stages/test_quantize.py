@@ -17,8 +17,8 @@ from standing import exported, small_cnn, splits_of, task_of
 from torch import nn
 
 from compressor import Artifact, Split, Splits, StageError, Task, Unsuitable, session, zoo
-from compressor.stages import quantize
-from compressor.stages.quantize import CALIBRATION_BATCH, calibration, graph, search
+from compressor.stages import graph, quantize
+from compressor.stages.quantize import CALIBRATION_BATCH, calibration, search
 from compressor.stages.quantize.judge import Judge
 from compressor.stages.quantize.kernels import Codes, codes
 
@@ -478,6 +478,18 @@ def test_a_graph_that_does_not_run_is_one_line(tmp_path: Path, scheme: Any) -> N
         quantize(source, task, tmp_path / "m", **given(scheme))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_old_opset_is_one_line(tmp_path: Path, scheme: Any) -> None:
+    task = task_of(nn.Identity(), (8,))
+    node = helper.make_node("MatMul", ["input", "w"], ["output"])
+    source = onnx_artifact(tmp_path / "a.onnx", [node], ("w", np.ones((8, 3))))
+    old = onnx.load(source.path)
+    old.opset_import[0].version = 11
+    onnx.save(old, source.path)
+    with pytest.raises(StageError, match="has opset 11; quantization needs 13 or newer"):
+        quantize(Artifact.of(source.path, "onnx"), task, tmp_path / "m", **given(scheme))
 
 
 def test_activations_that_are_not_finite_are_one_line(

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from compressor.stages.graph import constant, copied
 from compressor.stages.quantize import bias, equalize, rounding, smooth
-from compressor.stages.quantize.graph import constant, copied
 from compressor.stages.quantize.histogram import Range
 from compressor.stages.quantize.kernels import Codes
 from compressor.stages.quantize.plan import plan

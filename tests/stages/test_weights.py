@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from compressor import Unsuitable
 from compressor.measure.runtime import open_session
-from compressor.stages.quantize.graph import new_constant, read, write
+from compressor.stages.graph import new_constant, read, write
 from compressor.stages.quantize.weights import BLOCKS, coded, packed, weights
 from compressor.task import Array
 

@@ -15,8 +15,9 @@ from pydantic import Field
 from compressor.artifact import Onnx, replacing
 from compressor.errors import StageError, Unsuitable, one_line
 from compressor.measure.runtime import Session, open_session
+from compressor.stages import graph
 from compressor.stages.export import SUFFIX
-from compressor.stages.quantize import graph, search
+from compressor.stages.quantize import search
 from compressor.stages.quantize.dynamic import products
 from compressor.stages.quantize.half import bfloat, half, supports
 from compressor.stages.quantize.judge import Judge
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 Scheme = Literal["dynamic", "static", "weights", "int4", "fp16", "bf16"]
 
 CALIBRATION_BATCH = 32
+
+OPSET = 13
+"""The first that has a scale for each channel."""
 
 HELD = 32
 """Calibration examples from which no range is taken, a quarter at most: choices are judged on
@@ -78,6 +82,8 @@ def quantize(
     if scheme == "static" and task.splits is None and not synthetic:
         raise Unsuitable("no data to calibrate with: add --data SPEC")
     model = graph.read(artifact.path)
+    if (opset := model.opset_imports.get("", 0)) < OPSET:
+        raise StageError(f"{artifact.name} has opset {opset}; quantization needs {OPSET} or newer")
     path = into.with_name(into.name + SUFFIX)
 
     def save(made: ir.Model) -> tuple[Path, ...]:

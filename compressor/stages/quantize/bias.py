@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from compressor.stages.graph import constant
 from compressor.stages.quantize.equalize import Layer, layer_of, put, unfolded
-from compressor.stages.quantize.graph import constant
 from compressor.task import Array
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+LARGEST = 2**30
+"""Steps of an integer bias: what is added to it in 32 bits still fits."""
 
 Means = Callable[["ir.Model", Mapping[str, int]], Mapping[str, Array]]
 """Measures the mean ``(channels,)``, over calibration data, of values of a model by name.
@@ -153,7 +156,6 @@ def _moved(model: ir.Model, place: _Place, shift: Array) -> None:
     if place.step is None:
         moved = (held + shift).astype(held.dtype)
     else:
-        room = np.iinfo(np.int32)
         moved = held + np.rint(shift / place.step.astype(np.float64))
-        moved = np.clip(moved, room.min, room.max).astype(np.int32)
+        moved = np.clip(moved, -LARGEST, LARGEST).astype(np.int32)
     put(model, place.node, place.at, moved)

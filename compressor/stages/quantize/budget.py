@@ -35,7 +35,7 @@ def returned(
     """The layers of ``ranking`` that stay float so that ``drop`` is at most ``budget``, and the
     drop that is left; the best that was found where it cannot be held or it is ``late``.
 
-    At most about ``3 log2(n)`` drops are taken.
+    At most ``2 log2(n) + 6`` drops are taken.
     """
     best: frozenset[str] = frozenset()
     least = drop(best)
@@ -69,14 +69,12 @@ def returned(
             high = middle
         else:
             low = middle
-    # What came first for the noise of others may not be needed: halves, then quarters.
-    left = best
-    part = max(1, len(left) // 2)
-    while part and least <= budget and len(left) > 1 and not late():
-        order = [name for name in ranking if name in left]
-        for start in range(0, len(order), part):
-            fewer = left - set(order[start : start + part])
-            if len(fewer) < len(left) and not late() and better(fewer):
-                left = fewer
-        part //= 2
+    # What came first for the noise of others may not be needed. The last layer is: without it the
+    # budget did not hold.
+    for parts in (2, 4):
+        order = [name for name in ranking if name in best]
+        size = -(-len(order) // parts)
+        for start in range(0, len(order) - size, size) if least <= budget else ():
+            if not late():
+                better(best - set(order[start : start + size]))
     return best, least

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compressor.errors import StageError, one_line
 from compressor.measure.environment import cores
 from compressor.measure.runtime import open_session
-from compressor.stages.quantize.graph import copied, write
+from compressor.stages.graph import copied, write
 from compressor.stages.quantize.histogram import Histogram
 from compressor.task import Array
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.stages.quantize.graph import DOMAIN, constant, copied, new_constant, swept, typed
+from compressor.stages.graph import DOMAIN, constant, copied, new_constant, swept, typed
 from compressor.stages.quantize.kernels import Codes
 from compressor.stages.quantize.plan import axis_of, weighted
 from compressor.stages.quantize.qdq import Rounding, channel_scales, nearest

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from compressor.stages.quantize.graph import constant, new_constant, swept
+from compressor.stages.graph import constant, new_constant, swept
 from compressor.task import Array
 
 if TYPE_CHECKING:

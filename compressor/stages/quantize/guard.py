@@ -20,7 +20,7 @@ from compressor.measure.costs import milliseconds
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.protocol import observe
 from compressor.measure.statistics import Blocks, speedup, summary
-from compressor.stages.quantize.graph import write
+from compressor.stages.graph import write
 from compressor.stages.quantize.kernels import codes
 from compressor.task import Inputs, Task
 
@@ -46,7 +46,7 @@ HURTING = ("SkipLayerNormFusion",)
 """Fusions of onnxruntime that slow some models down on some CPUs; each is tried where it applies.
 SkipLayerNormalization took 0.28 ms where Add and LayerNormalization took 0.06 (MiniLM)."""
 
-SUFFIX = re.compile(r"(_token_\d+|_nchwc|_integer|_quantized|/.*)*$")
+SUFFIX = re.compile(r"(_token_\d+|_nchwc|_integer|_quantized|/\w+Fusion/.*)*$")
 """What onnxruntime and our own writers append to a node's name."""
 
 

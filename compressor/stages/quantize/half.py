@@ -17,7 +17,7 @@ import numpy as np
 
 from compressor.errors import Unsuitable, one_line
 from compressor.measure.runtime import open_session
-from compressor.stages.quantize.graph import (
+from compressor.stages.graph import (
     DOMAIN,
     constant,
     copied,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from compressor.errors import StageError, one_line
 from compressor.measure.environment import cores
 from compressor.measure.fidelity import FLOOR_DB, fidelity
 from compressor.metrics import METRICS
-from compressor.stages.quantize.graph import opened
+from compressor.stages.graph import opened
 from compressor.stages.training import scores
 from compressor.task import Array, Inputs, Task
 
@@ -58,13 +59,16 @@ class Judge:
         return PERFECT if found is None else float(found)
 
     def drop(self, model: ir.Model) -> float | None:
-        """Accuracy lost against the original model, as budgets count; ``None`` without data."""
+        """Accuracy lost against the original model, as budgets count; ``None`` without data,
+        infinite where the metric is not finite."""
         if self._task.splits is None:
             return None
         inputs = (given for given, _ in self._validation.batches(self._size))
         targets = np.concatenate([target for _, target in self._validation.batches(1024)])
         how = METRICS[self._task.kind][self._task.metric]
         got = float(how.score(self._outputs(model, inputs), targets).mean())
+        if not math.isfinite(got):
+            return math.inf
         if how.higher_is_better:
             return self._original - got
         return (got - self._original) / (self._original or 1.0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.stages.quantize.graph import constant, shape
+from compressor.stages.graph import constant, shape
 from compressor.stages.quantize.kernels import CLAMPING, COMPUTING, PASSING, WEIGHTED
 from compressor.task import Array
 

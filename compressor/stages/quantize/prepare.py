@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 from compressor.stages.quantize.preparing import attention, folding, layout, recurrent, shapes
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.stages.quantize.graph import constant, copied, new_constant, swept, typed
+from compressor.stages.graph import constant, copied, new_constant, swept, typed
 from compressor.stages.quantize.kernels import Codes
 from compressor.stages.quantize.plan import Plan, axis_of
 from compressor.task import Array
@@ -78,7 +78,8 @@ def channel_scales(weight: Array, axis: int, codes: Codes) -> Array:
     others = tuple(at for at in range(weight.ndim) if at != axis)
     peaks = np.abs(weight).max(axis=others)
     whole = peaks.max() or codes.largest
-    return (np.where(peaks > 0, peaks, whole) / codes.largest).astype(np.float32)
+    scales = np.where(peaks > 0, peaks, whole) / codes.largest
+    return np.maximum(scales, TINY).astype(np.float32)
 
 
 def nearest(weight: Array, scales: Array, axis: int, codes: Codes) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +125,12 @@ def within(
     """
     drop = judge.drop(write(left))
     if drop is None or drop <= task.budget:
-        return left, {} if drop is None else {"drop": drop}
+        return left, {} if drop is None else {"drop": _finite(drop)}
     whole = judge.drop(source)
     assert whole is not None
     if whole > task.budget:
         note = f"layers stay in 8 bits: the float model it was made from drops {whole:.4f} already"
-        return left, {"drop": drop, "note": note}
+        return left, {"drop": _finite(drop), "note": note}
     rest = [name for name in names if name not in left]
     noise = {}
     for name in rest:
@@ -152,7 +153,12 @@ def within(
         keep(write(left | more))
 
     more, least = budget.returned(budget.ranked(noise, cost), taken, task.budget, better, late=late)
-    facts: dict[str, Any] = {"drop": least, "returned": len(more)}
+    facts: dict[str, Any] = {"drop": _finite(least), "returned": len(more)}
     if least > task.budget:
         facts["note"] = f"no part of it in 8 bits was found that drops less than {least:.4f}"
     return left | more, facts
+
+
+def _finite(drop: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return drop if math.isfinite(drop) else None

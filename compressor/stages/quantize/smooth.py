@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from compressor.stages.graph import constant, new_constant, swept
 from compressor.stages.quantize.equalize import Layer, folded, layer_of, put, unfolded
-from compressor.stages.quantize.graph import constant, new_constant, swept
 from compressor.task import Array
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 
+from compressor.stages.graph import constant, copied
 from compressor.stages.quantize import bias, equalize, rounding, smooth
 from compressor.stages.quantize.calibrate import calibrate, observed
 from compressor.stages.quantize.dynamic import dynamic, products, recurrent
-from compressor.stages.quantize.graph import constant, copied
 from compressor.stages.quantize.histogram import METHODS, Histogram, Range, best
 from compressor.stages.quantize.judge import Judge
 from compressor.stages.quantize.kernels import Codes

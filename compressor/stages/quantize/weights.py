@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from compressor.errors import Unsuitable
-from compressor.stages.quantize.graph import DOMAIN, constant, new_constant, swept
+from compressor.stages.graph import DOMAIN, constant, new_constant, swept
 from compressor.task import Array
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 from compressor.stages.quantize.preparing.edit import (
     Size,
     attribute,

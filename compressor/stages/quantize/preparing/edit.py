@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 from compressor.stages.quantize.preparing.edit import attribute, emit, only, replace, sizes
 from compressor.task import Array
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir

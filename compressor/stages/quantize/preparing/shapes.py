@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from compressor.stages.quantize import graph
+from compressor.stages import graph
 from compressor.stages.quantize.preparing.edit import (
     Size,
     attribute,

@@ -12,7 +12,6 @@ import numpy as np
 
 from compressor.errors import StageError, one_line
 from compressor.measure.runtime import open_session
-from compressor.stages.export import cleaned
 from compressor.task import Array
 
 if TYPE_CHECKING:
@@ -62,16 +61,43 @@ def write(model: ir.Model, path: Path, name: str | None = None) -> tuple[Path, .
         path.write_bytes(proto.SerializeToString(deterministic=True))
         return ()
     beside = path.with_name(f"{name or path.name}.data")
-    ir.save(copied(model), path, external_data=beside.name)
-    proto = onnx.load(path, load_external_data=False)
-    cleaned(proto)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+    with tempfile.TemporaryDirectory(prefix=".compressor-", dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        ir.save(copied(model), whole, external_data=beside.name)
+        proto = onnx.load(whole, load_external_data=False)
+        cleaned(proto)
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        (Path(folder) / beside.name).replace(beside)
     return (beside,)
 
 
 def _constants(model: ir.Model) -> list[Any]:
     held = model.graph.initializers.values()
     return [value for value in held if value.const_value is not None]
+
+
+def cleaned(proto: Any) -> None:
+    """Removes, in place, what differs between machines or misleads the quantizer.
+
+    Stack traces and paths are no part of a model; the exporter's shapes of initialisers break
+    ``quantize_dynamic`` ("Inferred shape and existing shape differ").
+    """
+    owners = [proto, *proto.functions]
+    graphs = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs:
+        graph = graphs.pop()
+        del graph.value_info[:]
+        owners += [graph, *graph.input, *graph.output, *graph.initializer]
+        nodes += graph.node
+        while nodes:
+            node = nodes.pop()
+            owners.append(node)
+            for attribute in node.attribute:  # the branches of an If, the body of a Loop
+                graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+    for owner in owners:
+        owner.ClearField("doc_string")
+        owner.ClearField("metadata_props")
 
 
 @contextmanager
