@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import json
 import math
 import random
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,6 +45,8 @@ from compressor.measure.timed import Timed
 from compressor.measurement import Target
 from compressor.metrics import METRICS
 from compressor.task import Inputs
+
+MAKING = Path(__file__).with_name("making.py")
 
 FP32 = "fp32"
 
@@ -129,7 +129,7 @@ def made(folder: Path, name: str, file: File) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         print(f"making {folder.name}, {name}", file=sys.stderr, flush=True)
-        command = [sys.executable, str(Path(__file__).with_name("making.py")), str(folder), name]
+        command = [sys.executable, str(MAKING), str(folder), name]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         (folder / f"{name}.log").write_text(ran.stdout + ran.stderr, encoding="utf-8")
         last = (ran.stderr if ran.returncode else ran.stdout).strip().rpartition("\n")[2]
@@ -142,11 +142,9 @@ def made(folder: Path, name: str, file: File) -> dict[str, Any]:
             said["size_bytes"] = sum(path.stat().st_size for path in paths)
         return said
 
-    function = getattr(file.make, "func", file.make)
     asked = {
         "source": digest(folder / "fp32.onnx"),
-        "maker": zlib.crc32(inspect.getsource(function).encode()),
-        "settings": str(getattr(file.make, "keywords", {})),
+        "maker": digest(MAKING),
         "versions": {package: _version(package) for package in file.versions},
         "code": peers.code() if name.startswith("ours-") else None,
     }

@@ -92,11 +92,14 @@ def _static(given: Given, best: bool) -> Found:
             "activation_type": QuantType.QUInt8,
             "weight_type": QuantType.QInt8,
         }
+        if given.folder.name == "minilm":  # the mask's -3e38 would be the range of what it joins
+            flags["op_types_to_quantize"] = ["MatMul", "Gemm"]
     quantize_static(source, str(given.into.with_suffix(".onnx")), Reader(), **flags)
     return {}
 
 
 def _dynamic(given: Given, source: str | None = None) -> Found:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -105,6 +108,8 @@ def _dynamic(given: Given, source: str | None = None) -> Found:
         op_types_to_quantize=["MatMul", "Gemm", "LSTM", "Attention"],
         per_channel=True,
         weight_type=QuantType.QInt8,
+        # Types are not inferred through onnxruntime's own operators.
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
     return {}
 
