@@ -335,7 +335,11 @@ def test_a_duel_takes_turns_between_targets() -> None:
     lab = Lab({"baseline": 4_000_000, CONTROL: 2_000_000})
     both = Target(batch=2), Target("openvino", batch=2)
     observed = protocol.duel(
-        artifacts()[0], both, FEED, seconds=0, start=lab.start, clock=lab.clock
+        [(protocol.DUEL, artifacts()[0], target) for target in both],
+        FEED,
+        seconds=0,
+        start=lab.start,
+        clock=lab.clock,
     )
     assert all(sorted(one) == ["baseline", CONTROL] for one in chunks(lab.rounds(), 2))
     assert {one.artifact for one in observed.measurements} == {protocol.DUEL}
@@ -351,7 +355,11 @@ def test_a_duel_that_one_cannot_fight_has_no_ratio() -> None:
     lab = Lab(fails={(CONTROL, "load", 0): "unsupported operator"})
     both = Target(batch=2), Target("openvino", batch=2)
     observed = protocol.duel(
-        artifacts()[0], both, FEED, seconds=0, start=lab.start, clock=lab.clock
+        [(protocol.DUEL, artifacts()[0], target) for target in both],
+        FEED,
+        seconds=0,
+        start=lab.start,
+        clock=lab.clock,
     )
     assert verdict.between(observed, *both, 0.0, seed=0) is None
     assert {m.skipped for m in observed.measurements if m.target == both[1]} == {

@@ -15,13 +15,9 @@ import argparse
 import functools
 import json
 import math
-import random
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -37,11 +33,9 @@ from tabulate import tabulate
 from compressor.artifact import Artifact, digest
 from compressor.measure import protocol
 from compressor.measure.fidelity import fidelity
-from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.protocol import CONTROL, SECONDS
 from compressor.measure.runtime import Session, import_openvino, open_session
 from compressor.measure.statistics import Blocks, noise_floor, speedup, summary
-from compressor.measure.timed import Timed
 from compressor.measurement import Target
 from compressor.metrics import METRICS
 from compressor.task import Inputs
@@ -255,23 +249,21 @@ def timed(
     def make() -> dict[str, Blocks]:
         print(f"timing {folder.name}, batch {batch}", file=sys.stderr, flush=True)
         inputs, _ = models.arrays(folder, "test")
-        observed = protocol.Observed()
-        with tempfile.TemporaryDirectory(prefix="compressor-") as name, ExitStack() as stack:
-            feeds = protocol._stored(Path(name), "feed", tuple(part[:batch] for part in inputs))
-            taken: list[Timed] = []
-            for entrant, (artifact, runtime) in entrants.items():
-                target = Target(runtime=runtime, batch=batch)
-                try:
-                    opened = protocol._opened(artifact, entrant, target, feeds, stack, Worker)
-                except WorkerFailed as error:
-                    print(f"{entrant}: {error}", file=sys.stderr, flush=True)
-                else:
-                    taken.append(opened)
-            protocol._interleave(taken, observed, seconds, random.Random(0), time.monotonic)
-            return {
-                one.artifact: [[ns / 1e6 for ns in block["ns"]] for block in one.blocks]
-                for one in taken
-            }
+        observed = protocol.duel(
+            [
+                (entrant, artifact, Target(runtime=runtime, batch=batch))
+                for entrant, (artifact, runtime) in entrants.items()
+            ],
+            tuple(part[:batch] for part in inputs),
+            seconds=seconds,
+        )
+        for entrant, why in observed.failed.items():
+            print(f"{entrant}: {why}", file=sys.stderr, flush=True)
+        return {
+            one.artifact: one.values
+            for one in observed.measurements
+            if one.quantity == "latency_ms" and one.values
+        }
 
     asked = {
         "seconds": seconds,

@@ -128,8 +128,7 @@ def observe(
 
 
 def duel(
-    artifact: Artifact,
-    targets: Sequence[Target],
+    entrants: Sequence[tuple[str, Artifact, Target]],
     feed: Inputs,
     *,
     seconds: float = SECONDS["quick"],
@@ -137,20 +136,19 @@ def duel(
     start: Callable[[], Worker] = Worker,
     clock: Callable[[], float] = time.monotonic,
 ) -> Observed:
-    """Every quantity of one artifact on each of ``targets``, which take turns as in a round of
-    :func:`observe`: so that two runtimes are compared at the same time of day.
-
-    The measurements are named :data:`DUEL`. A target that fails is a row with the reason.
+    """Every quantity of each entrant, which is a name, an artifact and a target of its own. They
+    take turns as in a round of :func:`observe`: so that two runtimes are compared at the same time
+    of day. One that fails is a row with the reason.
     """
     observed = Observed()
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder, ExitStack() as stack:
         feeds = _stored(Path(folder), "feed", feed)
         runs: list[Timed] = []
-        for target in targets:
+        for name, artifact, target in entrants:
             try:
-                runs.append(_opened(artifact, DUEL, target, feeds, stack, start))
+                runs.append(_opened(artifact, name, target, feeds, stack, start))
             except WorkerFailed as error:
-                skip(observed, DUEL, target, str(error))
+                skip(observed, name, target, str(error))
         _interleave(runs, observed, seconds, random.Random(seed), clock)
         for run in runs:
             _collect(run, observed)

@@ -147,7 +147,10 @@ def race(
     values are added to ``measured``.
     """
     observed = protocol.duel(
-        artifact.checked(), (primary, other), _feed(task, primary), seconds=seconds, seed=task.seed
+        [(protocol.DUEL, artifact.checked(), target) for target in (primary, other)],
+        _feed(task, primary),
+        seconds=seconds,
+        seed=task.seed,
     )
     measured.raw += observed.measurements
     floor = measured.floors.get(primary, {"value": 0.0})["value"]

@@ -18,7 +18,7 @@ from compressor.artifact import Artifact
 from compressor.errors import StageError
 from compressor.measure.costs import milliseconds
 from compressor.measure.process import Worker, WorkerFailed
-from compressor.measure.protocol import observe
+from compressor.measure.protocol import duel
 from compressor.measure.statistics import Blocks, speedup, summary
 from compressor.stages.graph import write
 from compressor.stages.quantize.kernels import codes
@@ -68,18 +68,18 @@ def race(
     Raises :class:`StageError` where a graph does not run.
     """
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        artifacts = []
+        entrants = []
         for number, (name, model) in enumerate(models.items()):
             path = Path(folder) / f"{number}.onnx"
             beside = write(model, path)
             facts = {"disabled": list((disabled or {}).get(name, ()))}
             steps = ({"stage": "quantize", "settings": {}, "facts": facts},)
-            artifacts.append(Artifact.of(path, "onnx", steps=steps, companions=beside))
-        seen = observe(artifacts, task.target, feed_of(task), seconds=seconds, seed=task.seed)
+            artifact = Artifact.of(path, "onnx", steps=steps, companions=beside)
+            entrants.append((name, artifact, task.target))
+        seen = duel(entrants, feed_of(task), seconds=seconds, seed=task.seed)
     if seen.failed:
         raise StageError(f"timing on {task.target}: {next(iter(seen.failed.values()))}")
-    times = {one.artifact: one.values for one in seen.measurements if one.quantity == "latency_ms"}
-    return {name: times[str(number)] for number, name in enumerate(models)}
+    return {one.artifact: one.values for one in seen.measurements if one.quantity == "latency_ms"}
 
 
 def faster(times: Mapping[str, Blocks], name: str, than: str, seed: int = 0) -> bool:
