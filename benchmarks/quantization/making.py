@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -192,12 +193,12 @@ def _nncf(given: Given, preset: str, openvino: bool) -> Found:
 # --- ours
 
 
-def _ours(given: Given, scheme: Any, target: Target) -> Found:
+def _ours(given: Given, scheme: Any, target: Target, budget: float = math.inf) -> Found:
     import models
 
     from compressor.stages.quantize import quantize
 
-    task = replace(models.task_of(given.folder), target=target)
+    task = replace(models.task_of(given.folder), target=target, budget=budget)
     made = quantize(
         models.source(given.folder),
         task,
@@ -248,6 +249,13 @@ FILES: dict[str, File] = {
         )
         for batch in (1, 32)
     },
+    "ours-budget-1": File(
+        partial(_ours, scheme="static", target=Target(), budget=0.01),
+        ("models", "compressor.stages.quantize"),
+        ("torch", "onnxruntime", "onnx", "onnx_ir"),
+        ("cnn", "efficientnet-lite0"),
+        batch=1,
+    ),
 }
 """What can be made of a model, by name."""
 

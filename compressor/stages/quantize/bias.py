@@ -97,6 +97,21 @@ def correct(
     return before, best
 
 
+def biases(model: ir.Model) -> dict[str, Array]:
+    """The biases that :func:`correct` can move, by the name of the value that they shift."""
+    return {
+        name: _held(place) * (1.0 if place.step is None else place.step.astype(np.float64))
+        for name, place in _biases(model).items()
+    }
+
+
+def shift(model: ir.Model, shifts: Mapping[str, Array]) -> None:
+    """Adds ``shifts`` to biases, in place; by the name of the value that they shift."""
+    for name, place in _biases(model).items():
+        if name in shifts:
+            _moved(model, place, shifts[name])
+
+
 def _handed(layer: Layer, shift: Array) -> Array:
     """What a ``shift`` of the mean of what a layer reads does to the mean of what it writes."""
     weight = constant(layer.node.inputs[1])

@@ -16,7 +16,7 @@ from compressor.stages.quantize.dynamic import dynamic, products, recurrent
 from compressor.stages.quantize.histogram import METHODS, Histogram, Range, best
 from compressor.stages.quantize.judge import Judge
 from compressor.stages.quantize.kernels import Codes
-from compressor.stages.quantize.plan import axis_of, plan
+from compressor.stages.quantize.plan import Plan, axis_of, plan
 from compressor.stages.quantize.qdq import channel_scales, nearest, quantized
 from compressor.task import Array
 
@@ -108,9 +108,12 @@ class Way:
         nodes = [name for name in self.names if name not in left]
         return dynamic(self.model, nodes, self.codes, self.rounding)
 
+    def _forget(self) -> None:
+        self._last = None
+
     def _copied(self) -> Self:
         other = copy.copy(self)
-        other._last = None
+        other._forget()
         return other
 
     def rounding(self, node: ir.Node, weight: Array, scales: Array, axis: int) -> Array:
@@ -225,6 +228,7 @@ class Static(Way):
     repairs = ("equalize", "smooth", "rounding", "bias")
     method = "minmax"
     corrected = False
+    _shifts: dict[str, Array] | None = None
     histograms: Mapping[str, Histogram] = {}
 
     @property
@@ -232,9 +236,13 @@ class Static(Way):
         """Nodes whose constant weights get codes, but for LSTMs."""
         return list(plan(self.model).weighted)
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._shifts = None
+
     def calibrate(self, samples: int | None = None) -> None:
         """Fills the histograms anew, from all examples or from so many."""
-        self._last = None
+        self._forget()
         ranged = plan(self.model).ranged
         count = self.samples if samples is None else samples
         self.histograms = (
@@ -251,9 +259,27 @@ class Static(Way):
         ranges = {name: METHOD[self.method](self.histograms[name]) for name in ours.ranged}
         result = quantized(self.model, ours, ranges, self.codes, self.rounding)
         if self.corrected:
-            bias.correct(result, self.model, self._means)
+            self._shift(result, ours)
         cells = [name for name in recurrent(self.model) if name not in left]
         return dynamic(result, cells, self.codes)
+
+    def _shift(self, result: ir.Model, ours: Plan) -> None:
+        """Corrects the biases of what is in 8 bits.
+
+        They are found once, for the graph in which all is: what a layer does to its own mean hardly
+        depends on whether another is in float, and finding it takes several passes over the data.
+        """
+        if self._shifts is None:
+            whole = copy.copy(self)
+            whole.corrected = False
+            made = whole._written(())
+            before = bias.biases(made)
+            bias.correct(made, self.model, self._means)
+            after = bias.biases(made)
+            self._shifts = {name: after[name] - held for name, held in before.items()}
+        layers = (equalize.layer_of(node) for node in self.model.graph if node.name in ours.inside)
+        names = {str(layer.output.name) for layer in layers if layer is not None}
+        bias.shift(result, {name: by for name, by in self._shifts.items() if name in names})
 
     def by(self, method: str) -> Static:
         """The same with other ranges."""
