@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact import replacing
+from compressor.artifact import Artifact, replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
 from compressor.measure.environment import absent, environment
@@ -53,6 +53,7 @@ def document(
         validated,
         {name: accuracy for name, (accuracy, _) in fields.items()},
         budget,
+        [name for name in names if _narrowed(maker.onnx[name])],
     )
     allowed = [name for name in names if verdict.within(validated[name], budget)]
     return {
@@ -91,6 +92,11 @@ def document(
         "missed": maker.missed,
         "finished": not maker.failed,
     }
+
+
+def _narrowed(made: Artifact) -> bool:
+    """Whether the artifact computes with fewer bits than it was trained with."""
+    return any(step["stage"] in ("quantize", "qat") for step in made.steps)
 
 
 def _on_gpu(maker: Maker, measured: Measured, targets: Sequence[Target]) -> list[str]:

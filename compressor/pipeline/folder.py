@@ -67,7 +67,7 @@ class Folder:
             return folder, report
         _writable(path)
         if fresh:
-            for name in (*OURS, *(beside.name for beside in path.glob("*.onnx.data"))):
+            for name in (*OURS, *(beside.name for beside in path.glob("*.onnx.*.data"))):
                 _remove(path / name)
         elif state:
             folder._state = state

@@ -143,7 +143,8 @@ def race(
 
     ``{"artifact", "runtime", "versus", "value", "low", "high", "verdict", "drop",
     "within_budget"}``: how many times faster ``runtime`` is than ``versus``, and what its outputs
-    lose on validate against the baseline in the primary's runtime. ``None`` where one failed. Raw
+    lose on test against the baseline in the primary's runtime; the budget has to hold on both
+    splits. ``None`` where one failed. Raw
     values are added to ``measured``.
     """
     observed = protocol.duel(
@@ -161,14 +162,17 @@ def race(
     ours = measured.outputs.get(place(primary), {}).get(BASELINE, {})
     # Both may be the baseline: its drop is then not 0 by definition, but what the runtime adds.
     outputs = {BASELINE: ours, protocol.DUEL: theirs}
-    accuracy, _ = verdict.judged(task, measured.targets, outputs, protocol.DUEL, "validate")
+    chosen, judged = (
+        verdict.judged(task, measured.targets, outputs, protocol.DUEL, split)[0]
+        for split in ("validate", "test")
+    )
     return {
         "artifact": artifact.name,
         "runtime": other.runtime,
         "versus": primary.runtime,
         **ratio,
-        "drop": accuracy.get("drop"),
-        "within_budget": verdict.within(accuracy, budget),
+        "drop": judged.get("drop"),
+        "within_budget": verdict.within(chosen, budget) and verdict.within(judged, budget),
     }
 
 

@@ -5,7 +5,7 @@ The best is chosen on the validation split and judged on the test split.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,9 @@ def runtimes(race: Row) -> str:
     )
     if race["verdict"] == "faster" and not race["within_budget"]:
         does = "could not be judged" if race["drop"] is None else "do not hold the budget"
-        sentence += f", but its outputs on validate {does}"
+        sentence += f", but its outputs {does}"
+    elif race["verdict"] == "faster" and (lost := race["drop"]):
+        sentence += f", for a drop of {lost['value']:.4f} [{lost['low']:.4f}, {lost['high']:.4f}]"
     return f"{sentence}."
 
 
@@ -177,8 +179,11 @@ def choose(
     validated: Mapping[str, Row],
     tested: Mapping[str, Row],
     max_drop: float,
+    narrowed: Collection[str] = (),
 ) -> Choice:
     """The least latency on the primary target within the budget and not slower than baseline.
+
+    Those of ``narrowed``, which have fewer bits, must be proven faster.
 
     ``validated`` chooses, ``tested`` judges; both are accuracy fields by artifact. Where the chosen
     one fails on test, or only the baseline qualifies, the baseline is recommended.
@@ -210,6 +215,9 @@ def choose(
             why[name] = f"drops {lost['value']:.4f} on validate"
         elif measured[name]["speedup"]["verdict"] == "slower":
             why[name] = f"is slower ({measured[name]['speedup']['value']:.2f}x)"
+        elif name in narrowed and measured[name]["speedup"]["verdict"] != "faster":
+            # Fewer bits are a risk that only speed pays for.
+            why[name] = f"is not faster beyond noise ({measured[name]['speedup']['value']:.2f}x)"
         else:
             fit.append(name)
     best = min([*fit, BASELINE], key=lambda name: measured[name]["latency_ms"]["p50"])

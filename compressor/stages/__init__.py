@@ -22,7 +22,7 @@ from compressor.stages.export import export
 from compressor.stages.mask import fraction, mask
 from compressor.stages.prune import asked, prune, suited
 from compressor.stages.qat import qat
-from compressor.stages.quantize import quantize
+from compressor.stages.quantize import fitted, quantize
 from compressor.stages.sparsify import sparsify
 from compressor.task import Task
 
@@ -39,7 +39,11 @@ STAGES: dict[str, Stage] = {
 }
 
 
-CHECKS: dict[str, Callable[..., object]] = {"prune": asked, "mask": fraction}
+CHECKS: dict[str, Callable[..., object]] = {
+    "prune": asked,
+    "mask": fraction,
+    "quantize": fitted,
+}
 """What settings have to be together; each raises :class:`InputError`."""
 
 SUITED: dict[str, Callable[..., None]] = {"prune": suited}

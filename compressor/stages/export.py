@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressor.artifact import Onnx, Torch, replacing
+from compressor.artifact import Onnx, Torch
 from compressor.errors import StageError, one_line
 from compressor.loading import torchfile
 from compressor.loading.task import tensors
@@ -66,11 +66,11 @@ def export(
 
     model, edits = torchfile.open_model(artifact, task)
     path = into.with_name(into.name + SUFFIX)
-    found = exported(model, task, opset)
-    with replacing(path) as beside:
-        companions = graph.write(found, beside, path.name)
-        onnx.checker.check_model(beside, full_check=True)
-        differences = parity(beside, model, task)
+    differences: dict[str, float] = {}
+
+    def check(file: Path) -> None:
+        onnx.checker.check_model(file, full_check=True)
+        differences.update(parity(file, model, task))
         worst = float(np.max(list(differences.values())))  # NaN stays NaN, unlike with max()
         stepped = any(edit["edit"] == "fake_quantize" for edit in edits)
         allowed = STEPS if stepped else TOLERANCE
@@ -81,6 +81,8 @@ def export(
                 f"exporting {artifact.name}: onnxruntime and PyTorch differ by {worst:.2g} of the "
                 f"largest output; allowed is {allowed:.2g}"
             )
+
+    companions = graph.store(exported(model, task, opset), path, check)
     return artifact.then(
         path, "onnx", "export", {"opset": opset}, companions=companions, parity=differences
     )

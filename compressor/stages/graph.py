@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compressor.artifact import replacing
 from compressor.errors import StageError, one_line
 from compressor.measure.runtime import open_session
 from compressor.task import Array
@@ -50,7 +52,8 @@ def write(model: ir.Model, path: Path, name: str | None = None) -> tuple[Path, .
     """Writes ``model``: the same graph gives the same bytes.
 
     A model over :data:`LIMIT` bytes leaves its tensors to a file beside it, named after ``name``
-    (by default after ``path``); the paths of such files come back.
+    (by default after ``path``) and its content, so that no other model's file is touched; the paths
+    of such files come back.
     """
     import onnx
     import onnx_ir as ir
@@ -60,7 +63,10 @@ def write(model: ir.Model, path: Path, name: str | None = None) -> tuple[Path, .
         cleaned(proto)
         path.write_bytes(proto.SerializeToString(deterministic=True))
         return ()
-    beside = path.with_name(f"{name or path.name}.data")
+    total = hashlib.sha256()
+    for value in _constants(model):
+        total.update(value.const_value.tobytes())
+    beside = path.with_name(f"{name or path.name}.{total.hexdigest()[:8]}.data")
     with tempfile.TemporaryDirectory(prefix=".compressor-", dir=path.parent) as folder:
         whole = Path(folder) / path.name
         ir.save(copied(model), whole, external_data=beside.name)
@@ -69,6 +75,26 @@ def write(model: ir.Model, path: Path, name: str | None = None) -> tuple[Path, .
         path.write_bytes(proto.SerializeToString(deterministic=True))
         (Path(folder) / beside.name).replace(beside)
     return (beside,)
+
+
+def store(model: ir.Model, path: Path, check: Callable[[Path], object]) -> tuple[Path, ...]:
+    """:func:`write` to ``path`` so that a reader sees the old model or the new one, never a part.
+
+    ``check`` gets the new file before it takes the old one's place, and stops that by raising.
+    """
+    before = set(path.parent.glob(f"{path.name}.*.data"))
+    companions: tuple[Path, ...] = ()
+    try:
+        with replacing(path) as beside:
+            companions = write(model, beside, path.name)
+            check(beside)
+    except BaseException:
+        for file in set(companions) - before:
+            file.unlink(missing_ok=True)
+        raise
+    for file in before - set(companions):
+        file.unlink(missing_ok=True)
+    return companions
 
 
 def _constants(model: ir.Model) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +17,17 @@ from onnx import TensorProto, helper, numpy_helper
 from standing import exported, small_cnn, splits_of, task_of
 from torch import nn
 
-from compressor import Artifact, Split, Splits, StageError, Task, Unsuitable, session, zoo
+from compressor import (
+    Artifact,
+    InputError,
+    Split,
+    Splits,
+    StageError,
+    Task,
+    Unsuitable,
+    session,
+    zoo,
+)
 from compressor.stages import graph, quantize
 from compressor.stages.quantize import CALIBRATION_BATCH, calibration, search
 from compressor.stages.quantize.judge import Judge
@@ -316,6 +327,32 @@ def test_what_the_search_found_makes_the_same_file_again(
     assert settings_of(again) == settings
 
 
+def test_every_repair_makes_the_same_file_again(cnn: tuple[Artifact, Task], tmp_path: Path) -> None:
+    source, task = cnn
+    asked = {**STATIC, "repair": ("bias", "rounding", "equalize"), "ranges": "mse"}
+    one = quantize(source, task, tmp_path / "one", **asked)
+    assert settings_of(one)["repair"] == ["equalize", "rounding", "bias"]
+    two = quantize(source, task, tmp_path / "two", **settings_of(one))
+    assert two.path.read_bytes() == one.path.read_bytes()
+    plain = quantize(source, task, tmp_path / "plain", **{**asked, "repair": ()})
+    assert plain.path.read_bytes() != one.path.read_bytes()
+
+
+def test_a_layer_that_is_not_there_cannot_be_left(
+    cnn: tuple[Artifact, Task], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="left names 'node_conv9'"):
+        quantize(*cnn, tmp_path / "m", **{**STATIC, "left": ("node_conv9",)})
+
+
+def test_all_layers_in_float_is_no_quantization(mlp: tuple[Artifact, Task], tmp_path: Path) -> None:
+    source, task = mlp
+    names = ("node_linear", "node_linear_1")
+    with pytest.raises(Unsuitable, match="every layer has to stay float"):
+        quantize(source, task, tmp_path / "m", scheme="dynamic", left=names, disabled=())
+    assert not (tmp_path / "m.onnx").exists()
+
+
 class Spoilt(nn.Module):
     """A classifier whose second layer does not survive 8 bits: one weight dwarfs the others."""
 
@@ -355,6 +392,8 @@ def test_layers_go_back_to_float_until_the_budget_holds(
     tight = quantize(source, replace(task, budget=0.05), tmp_path / "tight", **given)
     assert settings_of(tight)["left"] == ["node_linear_1"]
     assert tight.steps[-1]["facts"]["drop"] <= 0.05
+    again = quantize(source, replace(task, budget=0.05), tmp_path / "x", **settings_of(tight))
+    assert again.path.read_bytes() == tight.path.read_bytes()
     nodes = Counter(node.op_type for node in onnx.load(tight.path).graph.node)
     assert nodes["Gemm" if scheme == "dynamic" else "QuantizeLinear"] > 0
 
@@ -449,7 +488,8 @@ def test_models_too_large_for_one_file_keep_their_tensors_beside_it(
     whole = quantize(source, task, tmp_path / "whole", **given(scheme))
     monkeypatch.setattr(graph, "LIMIT", 100)
     made = quantize(source, task, tmp_path / "m", **given(scheme))
-    assert [path.name for path in made.companions] == ["m.onnx.data"]
+    (beside,) = made.companions
+    assert re.fullmatch(r"m\.onnx\.[0-9a-f]{8}\.data", beside.name)
     assert made.path.stat().st_size < whole.path.stat().st_size
     x = task.examples(3)
     assert np.array_equal(session(made.path)(*x), session(whole.path)(*x))

@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from compressor.artifact import Onnx, replacing
-from compressor.errors import StageError, Unsuitable, one_line
+from compressor.artifact import Onnx
+from compressor.errors import InputError, StageError, Unsuitable, one_line
 from compressor.measure.runtime import Session, open_session
 from compressor.stages import graph
 from compressor.stages.export import SUFFIX
 from compressor.stages.quantize import search
-from compressor.stages.quantize.dynamic import products
 from compressor.stages.quantize.half import bfloat, half, supports
 from compressor.stages.quantize.judge import Judge
 from compressor.stages.quantize.kernels import codes
 from compressor.stages.quantize.prepare import prepare
 from compressor.stages.quantize.ways import Dynamic, Ranges, Repair, Static, Way, settled
-from compressor.stages.quantize.weights import weights
+from compressor.stages.quantize.weights import matrices, weights
 from compressor.task import Array, Inputs, Task
 
 if TYPE_CHECKING:
@@ -87,10 +86,7 @@ def quantize(
     path = into.with_name(into.name + SUFFIX)
 
     def save(made: ir.Model) -> tuple[Path, ...]:
-        with replacing(path) as beside:
-            companions = graph.write(made, beside, path.name)
-            _check(beside, task, artifact.name, scheme)
-        return companions
+        return graph.store(made, path, lambda file: _check(file, task, artifact.name, scheme))
 
     settings: dict[str, Any] = {"scheme": scheme}
     if scheme in HALVED:
@@ -125,6 +121,11 @@ def quantize(
         names, write = WEIGHTS[scheme](model)
     if not names:
         raise Unsuitable(f"no {FITTING[scheme]} with constant weights")
+    if unknown := [name for name in left or () if name not in names]:
+        raise InputError(
+            f"left names {unknown[0]!r}, which {scheme} cannot quantize anyway: it has "
+            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+        )
     save(write(left or ()))  # from here on there is something to keep
     stay = frozenset(left or ())
     if left is None and not late():
@@ -135,8 +136,14 @@ def quantize(
         if "note" in facts and "note" in found:
             found["note"] = f"{facts['note']}; {found['note']}"
         facts |= found
+    if stay >= set(names):
+        path.unlink(missing_ok=True)
+        raise Unsuitable(f"every layer has to stay float to hold a drop of {task.budget:g}")
     made = write(stay)
     companions = save(made)
+    if cells := [str(node.name) for node in made.graph if node.op_type in ("GRU", "RNN")]:
+        note = f"onnxruntime has no 8-bit kernel for GRU and RNN: {', '.join(cells)} stay float"
+        facts["note"] = "; ".join([note, *([facts["note"]] if "note" in facts else [])])
     if disabled is None:
         disabled = search.hurting(made, task) if search.timed(task) and not late() else ()
     settings |= {"left": sorted(stay), "disabled": list(disabled)}
@@ -145,7 +152,28 @@ def quantize(
     return artifact.then(path, "onnx", "quantize", settings, companions=companions, **facts)
 
 
+def fitted(scheme: str, **settings: Any) -> None:
+    """Raises :class:`InputError` for a setting that the scheme has no use for."""
+    defaults = {"ranges": "auto", "repair": None, "left": None, "disabled": None}
+    for name in USELESS.get(scheme, ()):
+        if settings.get(name, defaults[name]) != defaults[name]:
+            raise InputError(f"{name} = {settings[name]!r}: {scheme} has no such choice")
+    ways = WAYS[scheme].repairs if scheme in WAYS else ()
+    for name in settings.get("repair") or ():
+        if name not in ways:
+            raise InputError(f"repair {name!r}: {scheme} has {', '.join(ways)}")
+
+
 # --- schemes
+
+USELESS = {
+    "dynamic": ("ranges",),
+    "weights": ("ranges", "repair"),
+    "int4": ("ranges", "repair"),
+    "fp16": ("ranges", "repair", "left", "disabled"),
+    "bf16": ("ranges", "repair", "left", "disabled"),
+}
+"""Settings that say nothing to a scheme."""
 
 
 WAYS: dict[str, type[Way]] = {"dynamic": Dynamic, "static": Static}
@@ -153,12 +181,14 @@ WAYS: dict[str, type[Way]] = {"dynamic": Dynamic, "static": Static}
 
 
 def _weights(bits: Literal[4, 8], model: ir.Model) -> tuple[list[str], search.Write]:
+    names = matrices(model, bits=bits)
+
     def write(left: Collection[str]) -> ir.Model:
         made = graph.copied(model)
         weights(made, bits=bits, left=left)
         return made
 
-    return products(model), write
+    return names, write
 
 
 WEIGHTS: dict[str, Callable[[ir.Model], tuple[list[str], search.Write]]] = {
@@ -183,8 +213,8 @@ HALVED: dict[str, Callable[[ir.Model, Task], ir.Model]] = {
 FITTING = {
     "dynamic": "MatMul, Gemm or LSTM",
     "static": "Conv, MatMul, Gemm or LSTM",
-    "weights": "MatMul or Gemm",
-    "int4": "MatMul or Gemm",
+    "weights": "MatMul, Gemm or Gather worth storing in blocks",
+    "int4": "MatMul, Gemm or Gather worth storing in blocks",
 }
 """What a scheme looks for."""
 
@@ -218,9 +248,10 @@ def _feeds(task: Task, start: int, samples: int) -> Iterator[Mapping[str, Array]
 
 
 def _check(path: Path, task: Task, name: str, scheme: str) -> None:
-    """Raises :class:`StageError` for a file that onnxruntime does not run."""
+    """Raises :class:`StageError` for a file that onnxruntime does not run where it is meant to."""
+    provider = task.target.provider if scheme == "bf16" else "cpu"  # which has no bf16
     try:
-        Session(open_session(path))(*task.examples(2))
+        Session(open_session(path, provider))(*task.examples(2))
     except Exception as error:
         raise StageError(
             f"onnxruntime cannot run {name} quantized ({scheme}): {one_line(error, 200)}"

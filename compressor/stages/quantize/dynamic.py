@@ -140,7 +140,7 @@ def _lstm(model: ir.Model, node: ir.Node, codes: Codes) -> None:
     )
     model.opset_imports.setdefault(DOMAIN, 1)
     for old, new in zip(node.outputs, fast.outputs, strict=True):
-        new.name = f"{old.name}_of_8_bits"
+        new.name = f"{old.name}_of_8_bits" if old.name else ""  # an output that nobody asked for
         typed(new, old)
     model.graph.insert_before(node, fast)
     for old, new in zip(node.outputs, fast.outputs, strict=True):

@@ -30,6 +30,9 @@ HOMOGENEOUS = (
 )
 """``f(x / s) = f(x) / s`` for every channel and every s > 0. Not so Clip, Gelu or HardSwish."""
 
+FARTHEST = 2.0**10
+"""How far a channel may be scaled in all, up or down."""
+
 CLOSE = 1e-4
 """Scales this near to 1 (as logarithms) end the iteration."""
 
@@ -150,6 +153,8 @@ def equalize(
             taken = np.abs(two).max((1, 3)).ravel()
             alive = (made > 0) & (taken > 0)
             step = np.sqrt(np.divide(made, taken, out=np.ones_like(scale), where=alive))
+            # A channel that calibration hardly saw must not be blown up.
+            step = np.clip(step * scale, 1 / FARTHEST, FARTHEST) / scale
             one /= step.reshape(*one.shape[:2], 1, 1)
             two *= step.reshape(two.shape[0], 1, two.shape[2], 1)
             scale *= step

@@ -17,6 +17,7 @@ import numpy as np
 from compressor.artifact import Artifact
 from compressor.errors import StageError
 from compressor.measure.costs import milliseconds
+from compressor.measure.environment import cpu
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.protocol import duel
 from compressor.measure.statistics import Blocks, speedup, summary
@@ -187,7 +188,8 @@ def reason(
     """Why 8 bits gain nothing: ``times`` are those of the float graph, ``before`` and ``after`` the
     profiles of both."""
     if (codes().bits if bits is None else bits) < 8:
-        return "8 bits are not faster here: this CPU has no 8-bit dot products (VNNI)"
+        known = "has no" if cpu()["features"] else "names no"
+        return f"8 bits are not faster here: this CPU {known} 8-bit dot products (VNNI)"
     share = edges(after)
     if share > CONVERTING:
         return f"8 bits are not faster here: {share:.0%} of the time goes into conversions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,9 +60,11 @@ def codes(features: Sequence[str] | None = None) -> Codes:
 
     x86 multiplies unsigned by signed: with 8-bit dot products (VNNI, AMX) all 8 bits can be used,
     without them pairs of products are added in 16 bits, which 7-bit weights cannot overflow. ARM
-    multiplies signed by signed.
+    multiplies signed by signed. Where the system names no features (they are read on Linux), its
+    architecture decides, and x86 gets 7 bits.
     """
     has = set(cpu()["features"] if features is None else features)
-    if {"asimddp", "i8mm"} & has:
+    arm = not has and platform.machine().lower() in ("arm64", "aarch64")
+    if {"asimddp", "i8mm"} & has or arm:
         return Codes(signed=True, bits=8)
     return Codes(signed=False, bits=8 if {"avx_vnni", "avx512_vnni", "amx_int8"} & has else 7)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.stages.graph import constant, shape
+from compressor.stages.graph import constant
 from compressor.stages.quantize.kernels import CLAMPING, COMPUTING, PASSING, WEIGHTED
 from compressor.task import Array
 
@@ -96,7 +96,9 @@ def weighted(node: ir.Node) -> bool:
         given = node.attributes
         plain = all(given.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
         added = constant(bias)
-        rows = added is None or added.size == added.shape[-1] == _width(node, weight)
+        rows = added is None or (
+            added.ndim > 0 and added.size == added.shape[-1] == _width(node, weight)
+        )
         return plain and rows and not given.get_int("transA", 0)
     return weight.ndim >= 3
 
@@ -203,7 +205,7 @@ def _hold(
     source = name
     if node is not None and node not in inside and _passing(node):
         assert node.inputs[0] is not None
-        if shape(node.inputs[0]) is None or not _integers(node.inputs[0]):
+        if constant(node.inputs[0]) is None and not _integers(node.inputs[0]):
             source = _hold(node.inputs[0], held, inside, absorbed)
     held[name] = source
     return source

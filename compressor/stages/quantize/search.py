@@ -48,10 +48,8 @@ def slow(
         if name not in suspects
     ]
     left = frozenset(suspects)
-    if not left:
-        return left, ""
     models = {"float": exact, "whole": whole}
-    if left != frozenset(names):
+    if left and left != frozenset(names):
         models["without"] = write(left)
     times = guard.race(models, task)
     if "without" in models and all(

@@ -43,7 +43,7 @@ TRIAL = 128
 """Examples that a repair of the float graph is tried with."""
 
 LOOK = 32
-"""Examples of which means, peaks and samples are taken."""
+"""Examples of which means and samples are taken."""
 
 MARGIN = 0.2
 """Decibels that a repair has to gain: less is the luck of the examples."""
@@ -180,13 +180,15 @@ class Way:
 
     # --- looking at the data
 
-    def _look(self, model: ir.Model, names: Iterable[str]) -> Iterator[dict[str, Array]]:
-        return observed(model, list(names), self.feeds(LOOK))
+    def _look(
+        self, model: ir.Model, names: Iterable[str], count: int = LOOK
+    ) -> Iterator[dict[str, Array]]:
+        return observed(model, list(names), self.feeds(count))
 
     def _peaks(self, axes: Mapping[str, int]) -> dict[str, Array]:
-        """The largest absolute element of each channel, by value."""
+        """The largest absolute element of each channel in all of the calibration, by value."""
         peaks: dict[str, Array] = {}
-        for found in self._look(self.model, axes):
+        for found in self._look(self.model, axes, self.samples):
             for name, x in found.items():
                 peak = np.abs(x).max(_others(x, axes[name]))
                 peaks[name] = np.maximum(peaks.get(name, peak), peak)
@@ -251,11 +253,6 @@ class Static(Way):
 
     def _written(self, left: Collection[str]) -> ir.Model:
         ours = plan(self.model, left)
-        # Without some layers a value may be ranged that its source stood for before.
-        missing = [name for name in ours.ranged if name not in self.histograms]
-        if missing:
-            more = calibrate(self.model, missing, self.feeds(self.samples), seed=self.seed)
-            self.histograms = {**self.histograms, **more}
         ranges = {name: METHOD[self.method](self.histograms[name]) for name in ours.ranged}
         result = quantized(self.model, ours, ranges, self.codes, self.rounding)
         if self.corrected:
@@ -330,7 +327,8 @@ def settled(
     if ranges == "auto" or repair is None:
         way, nearness = _ranged(way, judge, ranges, late)
     done: list[Repair] = []
-    for name in way.repairs if repair is None else repair:
+    # One order whatever was asked: codes of weights do not outlive another graph.
+    for name in (name for name in way.repairs if repair is None or name in repair):
         if repair is None and (nearness >= ENOUGH or late()):
             break
         if repair is None and name == "smooth" and nearness >= FAIR:

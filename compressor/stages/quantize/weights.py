@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from compressor.errors import Unsuitable
 from compressor.stages.graph import DOMAIN, constant, new_constant, swept
 from compressor.task import Array
 
@@ -63,30 +62,32 @@ def weights(
 
     Nodes named in ``left`` stay float, and so do recurrent layers, convolutions, weights that are
     not finite and those that would not get smaller.
-
-    Raises :class:`Unsuitable` when nothing changes.
     """
     size = block or BLOCKS[bits]
     made: dict[tuple[object, ...], Packed] = {}  # equal weights are stored once
     changed = 0
     for node in list(model.graph):
-        rewrite = None if node.domain or node.name in left else REWRITES.get(node.op_type)
-        if rewrite is None:
+        rows = None if node.name in left else _matrix(node, bits, size)
+        if rows is None:
             continue
         value = node.inputs[0 if node.op_type == "Gather" else 1]
-        rows = _rows(node, constant(value), bits)
-        if value is None or rows is None or not _shrinks(rows, bits, size):
-            continue
+        assert value is not None
+        rewrite = REWRITES[node.op_type]
         key = (node.op_type, rows.shape, sha256(rows.data).digest())
         if key not in made:
             made[key] = _stored(model, f"{value.name}_{bits}bit", node.op_type, rows, bits, size)
         _replace(node, rewrite(model, node, made[key], rows.shape, bits, size, level))
         changed += 1
-    if not changed:
-        raise Unsuitable("no MatMul, Gemm or Gather has a float32 matrix that would get smaller")
-    swept(model)
-    model.graph.opset_imports[DOMAIN] = 1
+    if changed:
+        swept(model)
+        model.graph.opset_imports[DOMAIN] = 1
     return changed
+
+
+def matrices(model: ir.Model, *, bits: Bits, block: Block | None = None) -> list[str]:
+    """Names of the nodes that :func:`weights` would change, in order."""
+    size = block or BLOCKS[bits]
+    return [str(node.name) for node in model.graph if _matrix(node, bits, size) is not None]
 
 
 def coded(rows: Array, bits: int, block: int) -> tuple[Array, Array, Array]:
@@ -137,6 +138,14 @@ def packed(codes: Array, bits: int) -> Array:
     even = np.pad(codes, [*[(0, 0)] * (codes.ndim - 1), (0, codes.shape[-1] % 2)])
     pairs: Array = even[..., 0::2] | even[..., 1::2] << 4
     return pairs
+
+
+def _matrix(node: ir.Node, bits: Bits, block: int) -> Array | None:
+    """The node's matrix as rows of what is summed together; ``None`` where it stays float."""
+    if node.domain or node.op_type not in REWRITES:
+        return None
+    rows = _rows(node, constant(node.inputs[0 if node.op_type == "Gather" else 1]), bits)
+    return rows if rows is not None and _shrinks(rows, bits, block) else None
 
 
 def _shrinks(rows: Array, bits: int, block: int) -> bool:
