@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def test_a_late_search_makes_something_all_the_same(large: Report) -> None:
 
 def test_tensors_beside_the_best_model_are_copied_with_it(large: Report, tmp_path: Path) -> None:
     folder = large.folder
-    name = "int8-dynamic.onnx.data"
+    beside = sorted((folder / "artifacts").glob("int8-dynamic.onnx.*"))
+    (name,) = [file.name for file in beside]  # of the versions of the search, only the last
+    assert re.fullmatch(r"int8-dynamic\.onnx\.[0-9a-f]{8}\.data", name)
+    assert [file.name for file in folder.glob("*.data")] == [name]
     assert (folder / name).read_bytes() == (folder / "artifacts" / name).read_bytes()
     assert json.loads((folder / "best.json").read_text())["sha256"] == digest(
         folder / "best.onnx", folder / name

@@ -100,17 +100,20 @@ def observed(ours: float, theirs: float) -> Observed:
 
 
 def raced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Observed, wrong: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Observed, **wrong: int
 ) -> tuple[Any, Measured]:
     (tmp_path / "int8.onnx").write_bytes(b"no duel reads it")
     artifact = Artifact.of(tmp_path / "int8.onnx", "onnx")
-    theirs = RIGHT.copy()
-    theirs[:wrong] = 1 - theirs[:wrong]
+    theirs = {split: RIGHT.copy() for split in wrong}
+    for split, count in wrong.items():
+        theirs[split][:count] = 1 - theirs[split][:count]
+    ours = dict.fromkeys(("validate", "test"), RIGHT)
     outputs = {
-        measuring.place(HERE): {"baseline": {"validate": RIGHT}, "int8": {"validate": RIGHT}},
-        measuring.place(THERE): {"baseline": {"validate": theirs}, "int8": {"validate": theirs}},
+        measuring.place(HERE): {"baseline": ours, "int8": ours},
+        measuring.place(THERE): {"baseline": theirs, "int8": theirs},
     }
-    measured = Measured([], None, {"validate": LABELS}, outputs=outputs)  # type: ignore[arg-type]
+    targets = {"validate": LABELS, "test": LABELS}
+    measured = Measured([], None, targets, outputs=outputs)  # type: ignore[arg-type]
     monkeypatch.setattr(protocol, "duel", lambda *given, **more: seen)
     return race(TASK, artifact, HERE, THERE, measured, 0.0, 0.01), measured
 
@@ -119,7 +122,7 @@ def raced(
     ("theirs", "wrong", "said"),
     [
         (1.0, 0, "openvino is the faster: openvino runs at 2.00x"),
-        (1.0, 20, "at 2.00x [2.00, 2.00] the speed of onnxruntime, but its outputs on validate do"),
+        (1.0, 20, "[2.00, 2.00] the speed of onnxruntime, but its outputs do not hold the budget."),
         (4.0, 0, "onnxruntime is the faster: openvino runs at 0.50x"),
         (2.0, 0, "both are as fast"),
     ],
@@ -128,11 +131,46 @@ def test_a_race_says_who_is_faster_and_whether_its_own_outputs_hold(
     theirs: float, wrong: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The drop is against the baseline of the primary runtime, not against its own baseline."""
-    found, measured = raced(tmp_path, monkeypatch, observed(2.0, theirs), wrong)
+    seen = observed(2.0, theirs)
+    found, measured = raced(tmp_path, monkeypatch, seen, validate=wrong, test=wrong)
     assert found["drop"]["value"] == wrong / 40
     assert found["within_budget"] is (wrong == 0)
     assert said in verdict.runtimes(found)
     assert [one.artifact for one in measured.raw] == [DUEL, DUEL]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lost", "holds", "said"),
+    [
+        ({"validate": 0, "test": 0}, 0.0, True, ", for a drop of 0.0000 ["),
+        ({"validate": 20, "test": 0}, 0.0, False, ", but its outputs do not hold the budget."),
+        ({"validate": 0, "test": 20}, 0.5, False, ", but its outputs do not hold the budget."),
+        ({"validate": 0}, None, False, ", but its outputs could not be judged."),
+    ],
+)
+def test_both_splits_have_to_hold_and_the_drop_is_that_on_test(
+    wrong: dict[str, int],
+    lost: float | None,
+    holds: bool,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, _ = raced(tmp_path, monkeypatch, observed(2.0, 1.0), **wrong)
+    assert (found["drop"] and found["drop"]["value"]) == lost
+    assert found["within_budget"] is holds
+    assert said in verdict.runtimes(found)
+
+
+def test_the_sentence_names_the_drop_that_speed_costs() -> None:
+    won = {
+        "artifact": "int8", "runtime": "openvino", "versus": "onnxruntime", "value": 2.0,
+        "low": 1.9, "high": 2.1, "verdict": "faster", "within_budget": True,
+        "drop": {"value": 0.004, "low": -0.001, "high": 0.009},
+    }  # fmt: skip
+    assert verdict.runtimes(won).endswith(", for a drop of 0.0040 [-0.0010, 0.0090].")
+    slower = {**won, "verdict": "slower"}  # nobody is handed on with it
+    assert "drop" not in verdict.runtimes(slower)
 
 
 def test_a_race_that_one_did_not_finish_says_nothing(
@@ -140,7 +178,7 @@ def test_a_race_that_one_did_not_finish_says_nothing(
 ) -> None:
     seen = observed(2.0, 1.0)
     seen.measurements[1] = Measurement(DUEL, THERE, "latency_ms", "ms", skipped="crashed")
-    assert raced(tmp_path, monkeypatch, seen, 0)[0] is None
+    assert raced(tmp_path, monkeypatch, seen, validate=0, test=0)[0] is None
 
 
 # --- the run ---

@@ -78,6 +78,37 @@ def test_the_choice(
     assert said in found[2]
 
 
+@pytest.mark.parametrize(
+    ("verdict", "narrowed", "best", "held", "said"),
+    [
+        # Fewer bits are a risk that only proven speed pays for.
+        ("same", ("a",), "baseline", False, "a is not faster beyond noise (1.00x)"),
+        ("inconclusive", ("a",), "baseline", False, "a is not faster beyond noise (1.00x)"),
+        ("faster", ("a",), "a", True, "a is recommended: 1.00x"),
+        ("slower", ("a",), "baseline", False, "a is slower (1.00x)"),
+        # What has all of its bits may be as fast.
+        ("same", (), "a", True, "the same speed as the baseline"),
+        ("inconclusive", (), "a", True, "which is inconclusive"),
+        ("same", ("b",), "a", True, "the same speed as the baseline"),
+    ],
+)
+def test_fewer_bits_have_to_be_faster(
+    verdict: str, narrowed: tuple[str, ...], best: str, held: bool, said: str
+) -> None:
+    rows = [BASELINE, row("a", 9.99, verdict)]
+    choice = choose(task(), ["baseline", "a"], rows, drops(a=0), drops(a=0), 0.01, narrowed)
+    assert (choice.best, choice.held) == (best, held)
+    assert said in choice.sentence
+
+
+def test_a_narrowed_one_that_is_not_faster_leaves_the_choice_to_the_others() -> None:
+    rows = [BASELINE, row("a", 9, "inconclusive"), row("b", 9.5, "same")]
+    none = drops(a=0, b=0)
+    for narrowed, best in (((), "a"), (("a",), "b"), (("a", "b"), "baseline")):
+        choice = choose(task(), ["baseline", "a", "b"], rows, none, none, 0.01, narrowed)
+        assert choice.best == best
+
+
 def test_what_was_not_measured_is_not_chosen() -> None:
     skipped = {"artifact": "a", **Target().to_json(), "skipped": "it crashed"}
     assert chosen([BASELINE, skipped], drops(a=0))[:2] == ("baseline", False)

@@ -12,7 +12,8 @@ import pytest
 from compressor.artifact import Artifact
 from compressor.errors import InputError
 from compressor.recipe import Step
-from compressor.stages import STAGES, bind, bound, form_taken
+from compressor.stages import CHECKS, STAGES, bind, bound, form_taken
+from compressor.stages.quantize import fitted
 from compressor.task import Task
 
 
@@ -134,6 +135,45 @@ def test_pruning_has_one_target(given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match="step 'mine': prune takes one of ratio, macs, ") as caught:
         bound(Step("prune", given, name="mine"))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "setting", "value", "said"),
+    [
+        ("fp16", "left", ["conv"], "left = ('conv',): fp16 has no such choice"),
+        ("bf16", "disabled", [], "disabled = (): bf16 has no such choice"),
+        ("dynamic", "ranges", "mse", "ranges = 'mse': dynamic has no such choice"),
+        ("dynamic", "repair", ["bias"], "repair 'bias': dynamic has smooth, rounding"),
+        ("dynamic", "repair", ["smooth", "equalize"], "repair 'equalize': dynamic has smooth, "),
+        ("weights", "ranges", "minmax", "ranges = 'minmax': weights has no such choice"),
+        ("int4", "repair", ["rounding"], "repair = ('rounding',): int4 has no such choice"),
+    ],
+)
+def test_what_a_scheme_has_no_use_for_is_one_line(
+    scheme: str, setting: str, value: Any, said: str
+) -> None:
+    assert CHECKS["quantize"] is fitted
+    with pytest.raises(InputError) as caught:
+        bound(Step("quantize", {"scheme": scheme, setting: value}, name="mine"))
+    seen = str(caught.value)
+    assert seen.startswith(f"step 'mine': {said}")
+    assert "\n" not in seen
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given"),
+    [
+        ("static", {"ranges": "mse", "repair": ["bias", "smooth"], "left": ["conv"]}),
+        ("dynamic", {"repair": ["smooth", "rounding"], "left": [], "disabled": ["Fusion"]}),
+        ("weights", {"left": ["conv"], "disabled": []}),
+        ("int4", {"left": []}),
+        ("fp16", {"ranges": "auto", "samples": 9}),
+    ],
+)
+def test_what_a_scheme_has_a_use_for_is_bound(scheme: str, given: dict[str, Any]) -> None:
+    settings = bound(Step("quantize", {"scheme": scheme, **given})).settings
+    plain = {at: tuple(value) if isinstance(value, list) else value for at, value in given.items()}
+    assert {name: settings[name] for name in given} == plain
 
 
 def test_what_toml_has_becomes_what_the_signature_says() -> None:

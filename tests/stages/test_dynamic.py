@@ -169,6 +169,54 @@ def test_first_states_are_handed_on() -> None:
 
 
 @pytest.mark.parametrize(
+    ("made", "shapes"),
+    [
+        (", , c", {"c": (1, BATCH, HIDDEN)}),  # the cell state alone
+        (", h", {"h": (1, BATCH, HIDDEN)}),
+        (", h, c", {"h": (1, BATCH, HIDDEN), "c": (1, BATCH, HIDDEN)}),
+        ("y, , c", {"y": (STEPS, 1, BATCH, HIDDEN), "c": (1, BATCH, HIDDEN)}),
+    ],
+)
+def test_outputs_that_nobody_asked_for_stay_absent(
+    made: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    x, w, r = floats(5, (STEPS, BATCH, READS), (1, 4 * HIDDEN, READS), (1, 4 * HIDDEN, HIDDEN))
+    ends = ", ".join(f"float[{', '.join('d' * len(shapes[end]))}] {end}" for end in shapes)
+    model = drawn(
+        f"(float[t, n, {READS}] x) => ({ends}) {{ {made} = LSTM <hidden_size = {HIDDEN}> (x, w, r)"
+        " }",
+        w=w,
+        r=r,
+    )
+    wanted = [part.strip() for part in made.split(",")]
+    assert [value.name for value in model.graph[0].outputs] == wanted
+    fast = dynamic(model, recurrent(model), CODES)
+    assert operators(fast) == {"DynamicQuantizeLSTM": 1}
+    assert [value.name for value in fast.graph[0].outputs] == wanted
+    exact, seen = answers(model, x=x), answers(fast, x=x)
+    assert {name: value.shape for name, value in seen.items()} == shapes
+    for name, value in exact.items():
+        assert sqnr(value, seen[name]) > 30
+
+
+def test_a_layer_may_read_the_cell_state_alone() -> None:
+    x, w, r, v = floats(
+        6, (STEPS, BATCH, READS), (1, 4 * HIDDEN, READS), (1, 4 * HIDDEN, HIDDEN), (HIDDEN, 4)
+    )
+    model = drawn(
+        f"(float[t, n, {READS}] x) => (float[1, n, 4] y) {{"
+        f" , , c = LSTM <hidden_size = {HIDDEN}> (x, w, r) y = MatMul(c, v) }}",
+        w=w,
+        r=r,
+        v=v,
+    )
+    made = dynamic(model, [*products(model), *recurrent(model)], CODES)
+    used = operators(made)
+    assert (used["DynamicQuantizeLSTM"], used["MatMulInteger"]) == (1, 1)
+    assert sqnr(answers(model, x=x)["y"], answers(made, x=x)["y"]) > 25
+
+
+@pytest.mark.parametrize(
     ("attributes", "taken"),
     [
         ('activations = ["Sigmoid", "Tanh", "Tanh"]', True),

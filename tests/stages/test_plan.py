@@ -116,6 +116,31 @@ def test_what_only_moves_keeps_the_codes_of_its_source() -> None:
     assert ours.made == said("a")  # Gemm hands float on where nobody reads codes
 
 
+LEARNED = (
+    "(float[n, 16] x) => (float[n, 3, 6] y) { h = MatMul(x, v) s = Shape <start = 0, end = 1> (h)"
+    " t = Concat <axis = 0> (s, rest) MOVED e = Expand(SOURCE, t) y = MatMul(e, w) }"
+)
+"""A constant, one for all examples, that a layer reads: the query of an attention, say."""
+
+
+@pytest.mark.parametrize(
+    ("moved", "source", "held"),
+    [
+        ("", "q", "e x"),
+        ("u = Transpose <perm = [0, 1, 2]> (q)", "u", "e:u u x"),
+    ],
+)
+def test_a_constant_is_not_held_where_what_is_moved_from_it_is(
+    moved: str, source: str, held: str
+) -> None:
+    q, w, v = floats(4, (1, 3, 8), (8, 6), (16, 8))
+    text = LEARNED.replace("MOVED", moved).replace("SOURCE", source)
+    ours = plan(drawn(text, q=q, w=w, v=v, rest=np.array([3, 8])))
+    assert ours.weighted == ("MatMul_h", "MatMul_y")
+    assert names(ours.held) == held
+    assert not ours.made
+
+
 def test_maxpool_that_says_where_is_not_moving_alone() -> None:
     text = (
         f"{IMAGE} => (float[n, 4, 8, 8] y) {{ a = Conv {SAME} (x, w) p, WHERE"
@@ -184,6 +209,7 @@ TEXT = "(float[n, 256] x, float[5] given) => (float[n, 5] y) {{ k = Tanh(given) 
         ("Gemm(x, w, k)", False, 0),  # a bias that is computed
         ("Gemm(x, w, column)", False, 0),  # a bias for each example
         ("Gemm(x, w, one)", False, 0),  # a bias that is spread over the channels
+        ("Gemm(x, w, scalar)", False, 0),
         ("MatMul(x, stack)", False, 0),  # a weight for each example
         ("MatMul(w2, w)", False, 0),  # constants on both sides
     ],
@@ -198,6 +224,7 @@ def test_matrix_products_with_an_8_bit_kernel(node: str, taken: bool, axis: int)
         wide=ROW[None],
         column=np.ones((3, 1), np.float32),
         one=np.ones(1, np.float32),
+        scalar=np.float32(1),
         stack=stack,
         square=square,
         w2=other,

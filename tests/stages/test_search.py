@@ -15,6 +15,7 @@ from torch import nn
 
 from compressor import Target
 from compressor.stages.quantize import guard, search
+from compressor.stages.quantize.kernels import Codes
 from compressor.task import Task
 
 TASK = task_of(nn.Identity(), (4, 8, 8))
@@ -101,10 +102,32 @@ EVEN = dict.fromkeys(NAMES, 4.0)
 GAIN = dict.fromkeys(NAMES, 1.0)
 
 
-def test_nothing_is_raced_where_everything_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    races = timing(monkeypatch, EVEN, GAIN)
-    assert slow() == (frozenset(), "")
-    assert not races
+REASON = "8 bits are not faster here: "
+
+
+@pytest.mark.parametrize(("whole", "why"), [(2.0, False), (4.0, True), (9.0, True)])
+@pytest.mark.parametrize("profiles", [(EVEN, GAIN), ({}, {})], ids=["all gain", "no profiles"])
+def test_without_suspects_8_bits_are_raced_against_float_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, profiles: tuple[Profile, Profile], whole: float, why: bool
+) -> None:
+    """Single nodes may gain, or say nothing, where the whole graph does not gain."""
+    races = timing(monkeypatch, *profiles, float=4.0, whole=whole)
+    exact = two()
+    found, reason = slow(exact)
+    assert found == frozenset()
+    assert reason.startswith(REASON) if why else reason == ""
+    (raced,) = races
+    assert list(raced) == ["float", "whole"]
+    assert raced["float"] is exact
+    assert raced["whole"].left == frozenset()
+
+
+def test_the_reason_follows_from_the_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "codes", lambda: Codes(signed=False, bits=8))
+    timing(monkeypatch, EVEN, {**GAIN, "x_QuantizeLinear": 5.0}, float=4.0, whole=4.0)
+    assert slow() == (frozenset(), f"{REASON}50% of the time goes into conversions")
+    monkeypatch.setattr(guard, "codes", lambda: Codes(signed=False, bits=7))
+    assert "8-bit dot products (VNNI)" in slow()[1]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +148,7 @@ def test_suspects_go_where_the_race_proves_them_slower(
     assert found == left
     assert bool(reason) is why
     (raced,) = races
+    assert list(raced) == ["float", "whole", "without"]
     assert raced["whole"].left == frozenset()
     assert raced["without"].left == {"Conv_c"}
 
@@ -149,12 +173,6 @@ def test_where_all_are_suspects_none_is_named(
     assert bool(reason) is why
     assert list(races[0]) == ["float", "whole"]
     assert races[0]["float"] is exact
-
-
-def test_without_profiles_nobody_is_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
-    races = timing(monkeypatch, {}, {})
-    assert slow() == (frozenset(), "")
-    assert not races
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from graphs import answers, drawn, floats, sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from standing import task_of
+from test_plan import LEARNED
 from test_repair import convolutions
 from torch import nn
 
@@ -105,8 +106,15 @@ GAINS = dict.fromkeys(REPAIRS, 0.0)
 def test_what_is_told_is_done_unseen(method: str, repair: list[str]) -> None:
     judge = Listing(EVEN, dict.fromkeys(REPAIRS, -9.0))
     way, done = settle(Fake(), judge, method, repair)
-    assert (way.method, way.state, done) == (method, tuple(repair), repair)
+    ordered = [name for name in Static.repairs if name in repair]  # whatever order was asked for
+    assert (way.method, way.state, done) == (method, tuple(ordered), ordered)
     assert judge.looks == 0
+
+
+@given(st.sampled_from(["auto", *METHOD]), st.permutations(REPAIRS))
+def test_no_order_that_is_asked_for_makes_another_way(ranges: str, repair: list[str]) -> None:
+    way, done = settle(Fake(), Listing(EVEN, dict.fromkeys(REPAIRS, 1.0)), ranges, repair)
+    assert list(way.state) == done == list(REPAIRS) == list(Static.repairs)
 
 
 @given(st.permutations([1.0, 2.0, 3.0, 4.0, 5.0]))
@@ -307,6 +315,53 @@ def test_calibration_looks_at_so_many_examples() -> None:
     way.calibrate(3)
     assert asked == [12, 3]
     assert way.histograms["x"].high == x[:3].max()
+
+
+@pytest.mark.parametrize("repair", [(), REPAIRS])
+@pytest.mark.parametrize("kind", [Static, Dynamic])
+@pytest.mark.parametrize(
+    ("moved", "source"), [("", "q"), ("u = Transpose <perm = [0, 1, 2]> (q)", "u")]
+)
+def test_a_learned_query_is_quantized(
+    moved: str, source: str, kind: type[ways.Way], repair: Any
+) -> None:
+    x, q, w, v = floats(0, (24, 16), (1, 3, 8), (8, 6), (16, 8))
+    text = LEARNED.replace("MOVED", moved).replace("SOURCE", source)
+    model = drawn(text, q=q, w=w, v=v, rest=np.array([3, 8]))
+    asked = [name for name in repair if name in kind.repairs]
+    way, _ = settle(kind(model, feeds(x), len(x), CODES), None, "minmax", asked)
+    assert way.names == ["MatMul_h", "MatMul_y"]
+    exact, seen = (answers(made, x=x)["y"] for made in (model, way.written()))
+    assert not np.array_equal(exact, seen)
+    assert sqnr(exact, seen) > 35
+
+
+@pytest.mark.parametrize("repair", [(), ("smooth", "rounding", "bias")])
+@pytest.mark.parametrize("kind", [Static, Dynamic])
+@pytest.mark.parametrize(("biases", "taken"), [(("c", "row"), "Gemm_y"), (("wide", "c"), "Gemm_a")])
+def test_a_gemm_with_one_number_for_a_bias_stays_float(
+    biases: tuple[str, str], taken: str, kind: type[ways.Way], repair: Any
+) -> None:
+    x, w, v, row, wide = floats(3, (24, 16), (16, 12), (12, 6), (6,), (12,))
+    first, second = biases
+    model = drawn(
+        f"(float[n, 16] x) => (float[n, 6] y) {{ a = Gemm(x, w, {first}) r = Relu(a)"
+        f" y = Gemm(r, v, {second}) }}",
+        w=w,
+        v=v,
+        row=row,
+        wide=wide,
+        c=np.float32(1.5),
+    )
+    asked = [name for name in repair if name in kind.repairs]
+    way, _ = settle(kind(model, feeds(x), len(x), CODES), None, "minmax", asked)
+    assert way.names == [taken]
+    (other,) = {"Gemm_a", "Gemm_y"} - {taken}
+    made = way.written()
+    kept = next(node for node in made.graph if node.name == other)
+    assert kept.op_type == "Gemm"
+    assert kept.inputs[1] is made.graph.initializers["w" if other == "Gemm_a" else "v"]
+    assert sqnr(answers(model, x=x)["y"], answers(made, x=x)["y"]) > 35
 
 
 def test_cells_of_a_static_graph_are_dynamic() -> None:

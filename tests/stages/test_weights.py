@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from compressor import Unsuitable
 from compressor.measure.runtime import open_session
 from compressor.stages.graph import new_constant, read, write
-from compressor.stages.quantize.weights import BLOCKS, coded, packed, weights
+from compressor.stages.quantize.weights import BLOCKS, coded, matrices, packed, weights
 from compressor.task import Array
 
 BITS = st.sampled_from([4, 8])
@@ -148,13 +147,12 @@ def test_matmul_computes_with_the_decoded_weights(
     x = rng.standard_normal([1, 2, rows, depth][-rank:]).astype(np.float32)
     w = rng.standard_normal((depth, width)).astype(np.float32)
     model = graph("MatMul", {1: w}, rank)
-    try:
-        changed = weights(model, bits=bits, block=block, level=1)
-    except Unsuitable:
-        held = -(-depth // block) * (block * bits / 8 + 4 + bits / 8)
-        assert held >= 4 * depth
+    listed = matrices(model, bits=bits, block=block)
+    smaller = -(-depth // block) * (block * bits / 8 + 4 + bits / 8) < 4 * depth
+    assert weights(model, bits=bits, block=block, level=1) == len(listed) == smaller
+    assert kinds(model) == (Counter(MatMulNBits=1) if smaller else Counter(MatMul=1))
+    if not smaller:
         return
-    assert (changed, kinds(model)) == (1, Counter(MatMulNBits=1))
     wanted = x @ decoded(np.ascontiguousarray(w.T), bits, block).T
     np.testing.assert_allclose(run(model, folder, x), wanted, atol=1e-4, rtol=1e-4)
 
@@ -206,13 +204,13 @@ def test_gather_gives_the_decoded_rows(
     table = rng.standard_normal(shape).astype(np.float32)
     which = rng.integers(-shape[0], shape[0], [2] * rank)
     model = graph("Gather", {0: table}, rank, integers=True)
-    try:
-        weights(model, bits=bits, block=block)
-    except Unsuitable:
-        held = -(-shape[1] // block) * (block * bits / 8 + 4 + bits / 8)
-        assert held >= 4 * shape[1] or (bits == 4 and shape[1] % 2)
+    listed = matrices(model, bits=bits, block=block)
+    smaller = -(-shape[1] // block) * (block * bits / 8 + 4 + bits / 8) < 4 * shape[1]
+    taken = smaller and not (bits == 4 and shape[1] % 2)
+    assert weights(model, bits=bits, block=block) == len(listed) == taken
+    assert kinds(model) == (Counter(GatherBlockQuantized=1) if taken else Counter(Gather=1))
+    if not taken:
         return
-    assert kinds(model) == Counter(GatherBlockQuantized=1)
     np.testing.assert_array_equal(run(model, folder, which), decoded(table, bits, block)[which])
 
 
@@ -246,13 +244,13 @@ LARGE = np.ones((64, 8), np.float32)
     ],
     ids=["nan", "float16", "stacked", "left side", "too small", "transposed", "columns", "conv"],
 )
-def test_what_cannot_change_is_an_error_and_stays(
+def test_what_cannot_change_is_not_listed_and_stays(
     operator: str, constants: dict[int, Array], attributes: dict[str, Any]
 ) -> None:
     model = graph(operator, constants, integers=operator == "Gather", **attributes)
     before = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-    with pytest.raises(Unsuitable, match="no MatMul, Gemm or Gather"):
-        weights(model, bits=4)
+    assert matrices(model, bits=4) == []
+    assert weights(model, bits=4) == 0
     assert ir.serde.serialize_model(model).SerializeToString(deterministic=True) == before
 
 
@@ -322,6 +320,25 @@ def test_left_nodes_stay_as_they_are(reader: tuple[Path, Array]) -> None:
     assert weights(model, bits=8, block=16, left=left) == 1
     assert kinds(model)["MatMulNBits"] == 0
     assert {str(node.name) for node in model.graph} >= set(left)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_listed_is_what_changes(reader: tuple[Path, Array], bits: Any) -> None:
+    path, _ = reader
+    model = read(path)
+    before = {str(node.name): node.op_type for node in model.graph}
+    listed = matrices(model, bits=bits, block=16)
+    assert listed == ["node0", "node1", "node3", "node7"]  # in the graph's order, no LSTM
+    assert {str(node.name): node.op_type for node in model.graph} == before  # looking changes none
+    for name in listed:  # each of them alone
+        one = read(path)
+        assert weights(one, bits=bits, block=16, left=[at for at in listed if at != name]) == 1
+        after = {str(node.name): node.op_type for node in one.graph}
+        assert [at for at in before if after[at] != before[at]] == [name]
+    whole = read(path)
+    assert weights(whole, bits=bits, block=16, left=listed) == 0
+    assert weights(whole, bits=bits, block=16) == len(listed)
+    assert matrices(whole, bits=bits, block=16) == []
 
 
 def test_the_block_follows_the_bits() -> None:

@@ -376,6 +376,7 @@ def _parts(nodes: Sequence[ir.Node]) -> Iterator[list[ir.Node]]:
         weight = constant(node.inputs[1])
         assert weight is not None
         needed = ROWS * 4 * weight.size // weight.shape[axis_of(node)]
+        needed *= node.attributes.get_int("group", 1)  # each group reads inputs of its own
         if part and size + needed > SAMPLED:
             yield part
             part, size = [], 0
