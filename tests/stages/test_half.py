@@ -16,8 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from compressor import Unsuitable
 from compressor.measure.runtime import open_session
-from compressor.stages.export import cleaned
-from compressor.stages.graph import new_constant, write
+from compressor.stages.graph import cleaned, new_constant, write
 from compressor.stages.quantize.half import bfloat, half, supports
 from compressor.task import Array
 
