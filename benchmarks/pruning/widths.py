@@ -126,7 +126,18 @@ def files(task: Task, into: Path) -> dict[str, str]:
         exported = export(
             peers.at_rest(task, Path(folder) / "cut.safetensors"), task, beside["fp32"]
         )
-    quantized = quantize(exported, task, beside["int8"], scheme="static", samples=SAMPLES)
+    quantized = quantize(
+        exported,
+        task,
+        beside["int8"],
+        scheme="static",
+        samples=SAMPLES,
+        ranges="minmax",
+        repair=(),
+        left=(),
+        disabled=(),
+        synthetic=True,
+    )
     return {"fp32": exported.path.name, "int8": quantized.path.name}
 
 
