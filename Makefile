@@ -5,7 +5,7 @@ MNIST  ?= data/mnist
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test slow lint bench reports clean
+.PHONY: demo test slow lint runtimes bench reports clean
 
 demo: $(VENV)/.demo
 	$(BIN)/compressor demo
@@ -22,6 +22,11 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What else a model may run in: these tests are skipped where it is not installed.
+runtimes: $(VENV)/.test
+	$(PIP) -e '.[test,openvino]'
+	$(BIN)/python -m pytest tests/test_measure_runtime.py tests/test_measure_placement.py tests/pipeline/test_runtimes.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from compressor.measure import environment as facts
-from compressor.measure.environment import absent, cores, cpu, environment, has_vnni
+from compressor.measure.environment import absent, cores, cpu, environment
 from compressor.measurement import PROVIDERS, SETTINGS, Target
+from compressor.stages.quantize.kernels import codes
 
 ARM = "processor : 0\nFeatures : fp asimd asimddp i8mm sve\nCPU part : 0xd40\n"
 
@@ -71,7 +72,7 @@ def test_features_are_read_word_by_word(
     monkeypatch: pytest.MonkeyPatch, flags: str, vnni: bool
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: flags)
-    assert has_vnni() is vnni
+    assert (codes().bits == 8) is vnni
     assert set(cpu()["features"]) == set(flags.split()) & set(facts.FEATURES)
 
 

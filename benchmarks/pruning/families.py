@@ -75,7 +75,7 @@ def timed(task: Any, whole: Any, cut: Any, folder: Path, seconds: float) -> dict
     """Median milliseconds before and after, and their ratio with its interval."""
     pair = [export(one, task, folder / one.name) for one in (whole, cut)]
     seen = observe(pair, Target(), task.examples(1), seconds=seconds)
-    blocks = {one.artifact: one.values for one in seen.measurements if one.quantity == "latency_ms"}
+    blocks = {name: taken for (name, _), taken in seen.times().items()}
     dense, pruned = (blocks[one.name] for one in pair)
     ratio = speedup(dense, pruned)
     return {"ms": [summary(dense)["p50"], summary(pruned)["p50"]], "faster": ratio}

@@ -241,11 +241,7 @@ def timed(
             )
         if observed.failed:
             raise SystemExit(f"not timed: {observed.failed}")
-        return {
-            one.artifact: one.values
-            for one in observed.measurements
-            if one.quantity == "latency_ms"
-        }
+        return {name: blocks for (name, _), blocks in observed.times().items()}
 
     asked = {
         "dense": peers.known(task),

@@ -157,11 +157,7 @@ def timed(
         observed = observe(artifacts, Target(), examples, seconds=seconds)
         if observed.failed:
             raise SystemExit(f"not timed: {observed.failed}")
-        return {
-            one.artifact: one.values
-            for one in observed.measurements
-            if one.quantity == "latency_ms"
-        }
+        return {name: blocks for (name, _), blocks in observed.times().items()}
 
     asked = {"seconds": seconds, "files": {one.name: one.digest for one in artifacts}}
     found: dict[str, Blocks] = peers.cell(work / f"{model}-times.json", asked, made)

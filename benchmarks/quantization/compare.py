@@ -259,11 +259,7 @@ def timed(
         )
         for entrant, why in observed.failed.items():
             print(f"{entrant}: {why}", file=sys.stderr, flush=True)
-        return {
-            one.artifact: one.values
-            for one in observed.measurements
-            if one.quantity == "latency_ms" and one.values
-        }
+        return {name: blocks for (name, _), blocks in observed.times().items()}
 
     asked = {
         "seconds": seconds,

@@ -97,8 +97,3 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def has_vnni() -> bool:
-    """Whether 8-bit dot products accumulate without saturating at 16 bits on this CPU."""
-    return bool({"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"} & set(cpu()["features"]))

@@ -24,6 +24,7 @@ from compressor.artifact import Artifact
 from compressor.measure.placement import placement
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.quantities import QUANTITIES
+from compressor.measure.statistics import Blocks
 from compressor.measure.timed import Timed
 from compressor.measurement import Measurement, Target
 from compressor.task import Array, Inputs
@@ -67,6 +68,14 @@ class Observed:
     """Artifact name -> the settings it was opened with: ``{"settings", "disabled"}``."""
     placements: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Artifact name -> which node ran where, for those whose runtime says so."""
+
+    def times(self) -> dict[tuple[str, Target], Blocks]:
+        """Milliseconds of every call, block by block, by artifact name and target."""
+        return {
+            (one.artifact, one.target): one.values
+            for one in self.measurements
+            if one.quantity == "latency_ms" and not one.skipped
+        }
 
 
 def observe(

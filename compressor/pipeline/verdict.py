@@ -65,11 +65,7 @@ def rows(observed: Observed, target: Target, task: Task, primary: bool) -> list[
 
 def floor_of(observed: Observed) -> Row | None:
     """``{"value", "n"}``: how far the baseline and its control seem to differ; ``None`` without."""
-    blocks = {
-        one.artifact: one.values
-        for one in observed.measurements
-        if one.quantity == "latency_ms" and not one.skipped
-    }
+    blocks = {name: taken for (name, _), taken in observed.times().items()}
     if BASELINE not in blocks or CONTROL not in blocks:
         return None
     both = blocks[BASELINE], blocks[CONTROL]
@@ -93,11 +89,7 @@ def between(
     observed: Observed, first: Target, second: Target, floor: float, seed: int
 ) -> Row | None:
     """How many times faster a duel's ``second`` target is: a ratio and its verdict, if both ran."""
-    blocks = {
-        one.target: one.values
-        for one in observed.measurements
-        if one.quantity == "latency_ms" and not one.skipped
-    }
+    blocks = {target: taken for (_, target), taken in observed.times().items()}
     if first not in blocks or second not in blocks:
         return None
     ratio = speedup(blocks[first], blocks[second], seed)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -20,13 +19,12 @@ from compressor.errors import Unsuitable, one_line
 from compressor.loading import fakequant, torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.loading.rewrites import folds
-from compressor.measure.environment import has_vnni
 from compressor.stages.distill import epochs_for, recover
 from compressor.stages.mask import held
+from compressor.stages.quantize import calibration
+from compressor.stages.quantize.kernels import codes
 from compressor.stages.training import evaluate
 from compressor.task import Task
-
-CALIBRATION_BATCH = 32
 
 SHARE = 3
 """Without ``epochs``: recovery's, divided by this."""
@@ -65,7 +63,7 @@ def qat(
     before = evaluate(model, task.splits.validate, task.kind, task.metric)
     added: list[Edit] = [*folded(model, *next(_batches(task, samples)))]
     try:
-        added.append(fakequant.survey(model, _batches(task, samples), 8 if has_vnni() else 7))
+        added.append(fakequant.survey(model, _batches(task, samples), codes().bits))
     except ValueError as error:
         raise Unsuitable(f"int8 training does not suit the model: {one_line(error)}") from None
     ranged = evaluate(model, task.splits.validate, task.kind, task.metric)
@@ -94,10 +92,7 @@ def qat(
 
 
 def _batches(task: Task, samples: int) -> Iterator[tuple[Tensor, ...]]:
-    assert task.splits is not None
-    split = task.splits.calibrate
-    taken = split.take(np.arange(min(samples, len(split))))
-    for inputs, _ in taken.batches(CALIBRATION_BATCH):
+    for inputs in calibration(task, samples):
         yield tuple(map(torch.from_numpy, inputs))
 
 

@@ -102,7 +102,7 @@ EVEN = dict.fromkeys(NAMES, 4.0)
 GAIN = dict.fromkeys(NAMES, 1.0)
 
 
-REASON = "8 bits are not faster here: "
+REASON = "8 bits are not faster than float here: "
 
 
 @pytest.mark.parametrize(("whole", "why"), [(2.0, False), (4.0, True), (9.0, True)])

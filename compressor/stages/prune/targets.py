@@ -217,11 +217,7 @@ def real_of(
             cut = made("cut", edits)
             feed = task.examples(task.target.batch)
             seen = observe([whole_model, cut], task.target, feed, seconds=SECONDS, seed=task.seed)
-            medians = {
-                one.artifact: summary(one.values)["p50"]
-                for one in seen.measurements
-                if one.quantity == "latency_ms" and one.values
-            }
+            medians = {name: summary(blocks)["p50"] for (name, _), blocks in seen.times().items()}
             if cut.name not in medians or whole_model.name not in medians:
                 raise StageError(f"latency on {task.target}: {next(iter(seen.failed.values()))}")
             return float(medians[cut.name] / medians[whole_model.name])

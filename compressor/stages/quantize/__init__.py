@@ -97,6 +97,7 @@ def quantize(
         return task.until is not None and time.monotonic() >= task.until
 
     facts: dict[str, Any] = {}
+    notes: list[str] = []
     exact = graph.copied(model)
     facts["prepared"] = prepare(model, static=scheme == "static")
     whole = _count(task, samples)
@@ -131,10 +132,9 @@ def quantize(
     if left is None and not late():
         if search.timed(task):
             stay, why = search.slow(exact, model, write, names, task)
-            facts |= {"note": why} if why else {}
+            notes.append(why)
         stay, found = search.within(model, write, names, stay, task, judge, late, save)
-        if "note" in facts and "note" in found:
-            found["note"] = f"{facts['note']}; {found['note']}"
+        notes.append(found.pop("note", ""))
         facts |= found
     if stay >= set(names):
         path.unlink(missing_ok=True)
@@ -142,13 +142,15 @@ def quantize(
     made = write(stay)
     companions = save(made)
     if cells := [str(node.name) for node in made.graph if node.op_type in ("GRU", "RNN")]:
-        note = f"onnxruntime has no 8-bit kernel for GRU and RNN: {', '.join(cells)} stay float"
-        facts["note"] = "; ".join([note, *([facts["note"]] if "note" in facts else [])])
+        why = f"onnxruntime has no 8-bit kernel for GRU and RNN: {', '.join(cells)} stay float"
+        notes.insert(0, why)
     if disabled is None:
         disabled = search.hurting(made, task) if search.timed(task) and not late() else ()
     settings |= {"left": sorted(stay), "disabled": list(disabled)}
     facts |= {"sqnr_db": round(judge.sqnr(made), 2), "disabled": list(disabled)}
     facts["codes"] = asdict(codes())
+    if any(notes):
+        facts["note"] = "; ".join(filter(None, notes))
     return artifact.then(path, "onnx", "quantize", settings, companions=companions, **facts)
 
 

@@ -80,7 +80,7 @@ def race(
         seen = duel(entrants, feed_of(task), seconds=seconds, seed=task.seed)
     if seen.failed:
         raise StageError(f"timing on {task.target}: {next(iter(seen.failed.values()))}")
-    return {one.artifact: one.values for one in seen.measurements if one.quantity == "latency_ms"}
+    return {name: blocks for (name, _), blocks in seen.times().items()}
 
 
 def faster(times: Mapping[str, Blocks], name: str, than: str, seed: int = 0) -> bool:
@@ -189,14 +189,20 @@ def reason(
     profiles of both."""
     if (codes().bits if bits is None else bits) < 8:
         known = "has no" if cpu()["features"] else "names no"
-        return f"8 bits are not faster here: this CPU {known} 8-bit dot products (VNNI)"
+        return f"8 bits are not faster than float here: this CPU {known} 8-bit dot products (VNNI)"
     share = edges(after)
     if share > CONVERTING:
-        return f"8 bits are not faster here: {share:.0%} of the time goes into conversions"
+        return (
+            f"8 bits are not faster than float here: {share:.0%} of the time goes into conversions"
+        )
     ms = summary(times)["p50"]
     if ms < SMALL:
-        return f"8 bits are not faster here: the model is too small, {ms:.3g} ms in float"
-    return "8 bits are not faster here: onnxruntime's float kernels keep up on these layers"
+        return (
+            f"8 bits are not faster than float here: the model is too small, {ms:.3g} ms in float"
+        )
+    return (
+        "8 bits are not faster than float here: onnxruntime's float kernels keep up on these layers"
+    )
 
 
 def edges(times: Mapping[str, float]) -> float:
