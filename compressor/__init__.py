@@ -24,6 +24,7 @@ _HOMES = {
     "Target": "measurement",
     "Task": "task",
     "Unsuitable": "errors",
+    "bench": "pipeline.bench",
     "inspect": "inspection",
     "load": "loading",
     "run": "pipeline",

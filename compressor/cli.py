@@ -23,6 +23,7 @@ from compressor.recipe import QUANTIZE
 
 if TYPE_CHECKING:
     from compressor.pipeline import Progress
+    from compressor.report import Report
 
 app = typer.Typer(
     add_completion=False,
@@ -125,16 +126,117 @@ def run(
                 command=_command(),
                 progress=shown,
             )
-        if report.stored:
-            _say(f"already run on {report.document['created']}; --fresh runs it again")
-        print(report)
-        if report.document.get("failed"):
-            failed = ", ".join(report.document["failed"])
-            raise StageError(f"{failed} failed; the report has the reason and everything else")
+        _show(report)
         if missed := report.document.get("missed"):
             raise BudgetError(f"--prune: out of reach: {'; '.join(missed)}")
         if max_drop is not None and not report.document["budget_held"]:
             raise BudgetError(f"--max-drop {max_drop:g}: {report.document['recommendation']}")
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str], typer.Argument(help="ONNX files or models; the first is the reference")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="as for run; without it, what the first file names")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds a model")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="NAME=SHAPE[:DTYPE[<HIGH]] of an input with open axes, such as ids=128:int64, "
+            "without the batch (repeatable)",
+        ),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="the metric to judge by")] = None,
+    provider: Annotated[
+        str | None, typer.Option(help=f"where to measure, first is primary: {', '.join(PLACES)}")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="batch sizes to measure")] = "1",
+    threads: Annotated[
+        str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
+    ] = None,
+    bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="folder (default reports/bench)")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over in a folder in use")] = False,
+    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+) -> None:
+    """Measure files side by side; the first is the reference."""
+    with guarded(debug):
+        from compressor.pipeline.bench import bench as measured
+
+        with progress() as shown:
+            report = measured(
+                models,
+                data=data,
+                arch=arch,
+                metric=metric,
+                inputs=inputs or (),
+                provider=provider,
+                batch=_whole("--batch", batch),
+                threads=None if threads is None else _whole("--threads", threads),
+                bench_time=bench_time,
+                out=out,
+                fresh=fresh,
+                seed=seed,
+                command=_command(),
+                progress=shown,
+            )
+        _show(report)
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="run folder, report.json or a benchmark's JSON")],
+    new: Annotated[Path, typer.Argument(help="the same, of what is to be judged")],
+    fail_on: Annotated[
+        str | None,
+        typer.Option(help="limits, such as latency=5%,accuracy=0.005,size=1%,memory=10%"),
+    ] = None,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="time both again, by turns: only that judges time")
+    ] = False,
+    bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
+    seed: Annotated[int, typer.Option(help="of inputs and sampling")] = 0,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table for a page")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+) -> None:
+    """The gate: fail where NEW is worse than OLD by more than the limits."""
+    with guarded(debug):
+        from compressor.report import gate
+
+        allowed = gate.limits(fail_on, remeasure=remeasure)
+        before, after = gate.read(old), gate.read(new)
+        # Refuses what cannot be compared before anything is timed.
+        found = gate.compare(before.document, after.document, allowed)
+        if remeasure:
+            from compressor.measure.protocol import PROCESSES, SECONDS
+            from compressor.pipeline.remeasure import remeasure as again
+
+            if bench_time not in SECONDS:
+                raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+            with progress() as shown:
+                timed = again(
+                    before,
+                    after,
+                    allowed["latency"].value,
+                    seconds=SECONDS[bench_time],
+                    seed=seed,
+                    processes=PROCESSES[bench_time],
+                    progress=lambda text: shown(0, 1, text),
+                )
+            found = gate.compare(before.document, after.document, allowed, timed)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=1))
+        else:
+            print(found.table(markdown=markdown))
+        found.check()
 
 
 @app.command()
@@ -210,16 +312,31 @@ def inspect(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="a run folder or a report.json")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="run folders or report.json files; several are compared")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.md for a comparison; its picture lies beside it")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
 ) -> None:
-    """Render a report again: report.md and the plot from report.json, the table on the screen."""
+    """Render a report again from report.json, or put several runs into one comparison."""
     with guarded(debug):
         from compressor.report import Report
 
-        found = Report.read(folder)
-        found.save()
-        print(found)
+        found = [Report.read(folder) for folder in folders]
+        if len(found) == 1:
+            if out is not None:
+                raise InputError(f"--out {out}: a comparison needs several reports: name another")
+            found[0].save()
+            print(found[0])
+            return
+        from compressor.report.several import several
+
+        runs = several(found)
+        if out is not None:
+            runs.write(out)
+        print(runs)
 
 
 @app.command()
@@ -285,6 +402,16 @@ def guarded(debug: bool) -> Iterator[None]:
         if debug:
             raise
         _end(f"{type(error).__name__}: {one_line(error)} (a fault of ours: --debug shows where)", 3)
+
+
+def _show(report: Report) -> None:
+    """The table of a run; raises where something of it failed."""
+    if report.stored:
+        _say(f"already run on {report.document['created']}; --fresh runs it again")
+    print(report)
+    if report.document.get("failed"):
+        failed = ", ".join(report.document["failed"])
+        raise StageError(f"{failed} failed; the report has the reason and everything else")
 
 
 def _end(text: str, code: int) -> NoReturn:

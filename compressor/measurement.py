@@ -16,8 +16,18 @@ PROVIDERS = {
 }
 """Providers of a target, and what onnxruntime calls them."""
 
-PLACES = {**{name: ("onnxruntime", name) for name in PROVIDERS}, "openvino": ("openvino", "cpu")}
+PLACES = {
+    **{name: ("onnxruntime", name) for name in PROVIDERS},
+    "openvino": ("openvino", "cpu"),
+    "torch": ("torch", "cpu"),
+    "torch-compile": ("torch-compile", "cpu"),
+    "torch-cuda": ("torch", "cuda"),
+    "torch-compile-cuda": ("torch-compile", "cuda"),
+}
 """What ``--provider`` may say: the runtime and its provider. OpenVINO's own runtime is one."""
+
+TORCH = ("torch", "torch-compile")
+"""Runtimes that open the torch file which an ONNX file was exported from."""
 
 SETTINGS: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
 """Session settings used for every row. Spinning is off: idle workers must not take a core."""
@@ -54,8 +64,9 @@ class Target:
 class Measurement:
     """Raw values of one quantity of one artifact on one target, or why there are none.
 
-    ``values`` are blocks in the order they were taken, each block's values in order; statistics
-    are derived from them, never stored in their place. Exactly one of ``values`` and ``skipped``
+    ``values`` are blocks in the order they were taken, each block's values in order, and
+    ``processes`` how many of them each start of the worker took; statistics are derived from them,
+    never stored in their place. Exactly one of ``values`` and ``skipped``
     is given: a measurement without values and without a reason cannot be made.
     """
 
@@ -66,6 +77,7 @@ class Measurement:
     values: tuple[tuple[float, ...], ...] = ()
     warmup: int = 0
     skipped: str | None = None
+    processes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if bool(self.values) == bool(self.skipped):

@@ -409,3 +409,80 @@ def test_a_closed_pipe_is_no_traceback(finished: Report) -> None:
     os.close(writer)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+# Measuring what is there, and the gate.
+
+
+@pytest.fixture(scope="module")
+def benched(finished: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `bench` over two files of a run."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    files = [finished.folder / "artifacts" / f"{name}.onnx" for name in ("baseline", "recovered")]
+    result = call("bench", *files, "--provider", "cpu", "--threads", 1, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "nothing was judged" in result.stdout
+    return out
+
+
+def test_bench_measures_files_side_by_side(benched: Path) -> None:
+    document = Report.read(benched).document
+    assert [made["name"] for made in document["artifacts"]] == ["baseline", "recovered"]
+    assert {row["artifact"] for row in document["measurements"]} == {"baseline", "recovered"}
+    assert document["measurements"][1]["speedup"]["versus"] == "baseline"
+    assert (benched / "report.html").is_file()
+
+
+def test_bench_refuses_what_it_cannot_feed(tmp_path: Path) -> None:
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    assert "no.onnx is not ONNX" in refused("bench", tmp_path / "no.onnx", "--out", tmp_path / "o")
+    assert "--bench-time 'long'" in refused("bench", "a.onnx", "--bench-time", "long")
+
+
+def test_compare_passes_what_is_no_worse_and_fails_the_rest(
+    finished: Report, benched: Path, tmp_path: Path
+) -> None:
+    same = call("compare", finished.folder, finished.folder)
+    assert (same.exit_code, same.stdout.startswith("passes: ")) == (0, True), same.output
+    swapped = Report.read(finished.folder)
+    for made in swapped.document["artifacts"]:
+        made["size_bytes"] *= 2
+    swapped = type(swapped)(swapped.document, tmp_path / "larger")
+    swapped.save()
+    worse = call("compare", finished.folder, tmp_path / "larger", "--fail-on", "size=10%")
+    assert worse.exit_code == 1
+    assert worse.stdout.startswith("fails: ")
+    assert worse.stderr.startswith("compressor: error: fails: ")
+    assert call("compare", tmp_path / "larger", finished.folder).exit_code == 0, "smaller is fine"
+    assert call("compare", finished.folder, finished.folder, "--markdown").stdout[:2] == "**"
+
+
+def test_compare_times_both_again(benched: Path) -> None:
+    result = call("compare", benched, benched, "--remeasure", "--json")
+    assert result.exit_code == 0, result.output
+    assert '"the same file"' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--fail-on", "speed=1%"], "--fail-on 'speed=1%': give QUANTITY=LIMIT"),
+        (["--remeasure", "--fail-on", "size=1%"], "--remeasure judges latency"),
+        (["--remeasure", "--bench-time", "x"], "--bench-time 'x': choose from quick"),
+    ],
+)
+def test_compare_refuses_limits_that_mean_nothing(
+    benched: Path, words: list[str], said: str
+) -> None:
+    assert said in refused("compare", benched, benched, *words)
+
+
+def test_several_reports_are_one_comparison(
+    finished: Report, benched: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "comparison.md"
+    result = call("report", finished.folder, benched, "--out", page)
+    assert result.exit_code == 0, result.output
+    assert page.is_file()
+    assert page.with_suffix(".png").is_file()
+    assert "--out" in refused("report", benched, "--out", page)

@@ -7,13 +7,14 @@ import os
 import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from compressor.measure import environment as facts
 from compressor.measure.environment import absent, cores, cpu, environment
-from compressor.measurement import PROVIDERS, SETTINGS, Target
+from compressor.measurement import PROVIDERS, SETTINGS, TORCH, Target
 from compressor.stages.quantize.kernels import codes
 
 ARM = "processor : 0\nFeatures : fp asimd asimddp i8mm sve\nCPU part : 0xd40\n"
@@ -100,9 +101,24 @@ def test_openvino_is_absent_where_it_is_not_installed(
     assert why == (None if here else facts.NO_OPENVINO)
 
 
+@pytest.mark.parametrize("runtime", TORCH)
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [("2.13.0+cpu", facts.NO_CUDA), ("2.13.0+cu130", None), ("2.13.0", None)],
+)
+def test_pytorch_is_absent_on_cuda_where_it_is_built_without(
+    runtime: str, version: str, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", {"torch": version}.__getitem__)
+    assert absent(Target(runtime, "cuda"), []) == why
+    assert absent(Target(runtime), []) is None
+
+
 def test_asking_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from compressor.measure.environment import environment; environment();"
+        "import sys; from compressor.measure.environment import absent, environment;"
+        "from compressor.measurement import Target;"
+        "environment(); absent(Target('torch', 'cuda'), []);"
         "print({'torch', 'onnx', 'onnxruntime', 'sklearn', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,8 +18,8 @@ import compressor
 from compressor.errors import InputError
 from compressor.measure import runtime
 from compressor.measure.environment import cores
-from compressor.measure.runtime import ProviderAbsent, open_session, session
-from compressor.measurement import OPENVINO, SETTINGS
+from compressor.measure.runtime import RUNTIMES, ProviderAbsent, open_session, session
+from compressor.measurement import OPENVINO, PLACES, SETTINGS, TORCH
 
 
 @pytest.fixture
@@ -224,6 +224,11 @@ def test_openvino_starts_without_its_telemetry() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_every_place_has_a_runtime_that_can_open_it() -> None:
+    assert {runtime for runtime, _ in PLACES.values()} == set(RUNTIMES)
+    assert set(TORCH) < set(RUNTIMES)
 
 
 def test_telemetry_is_off_in_this_process() -> None:

@@ -14,9 +14,10 @@ from compressor.measure import statistics
 from compressor.measure.statistics import (
     ENOUGH,
     LEAST_EFFECT,
+    PRIOR,
+    RESTART,
     SAME,
     drop,
-    noise_flags,
     noise_floor,
     speedup,
     summary,
@@ -30,7 +31,8 @@ blocks = st.lists(st.lists(times, min_size=1, max_size=9), min_size=1, max_size=
 ratios = st.floats(0.01, 100.0)
 bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 shares = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=60)
-errors = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=30)
+error = st.just(0.0) | st.floats(1e-9, 1e6)
+errors = st.lists(st.tuples(error, error), min_size=1, max_size=30)
 
 
 def pair(scores: list[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -94,6 +96,69 @@ def test_what_slows_a_round_down_for_both_does_not_widen_the_interval() -> None:
     assert speedup(2 * weather, weather) == {"value": 2.0, "low": 2.0, "high": 2.0}
 
 
+def restarted(spread: float, starts: int, rng: Any) -> tuple[Any, Any]:
+    """Rounds of two equal models whose every start has a speed of its own, hardly any noise."""
+    shape = (starts * 10, 7)
+    own = np.exp(spread * rng.standard_normal((2, starts))).repeat(10, axis=1)[..., None]
+    return tuple(own * np.exp(0.01 * rng.standard_normal((2, *shape))))
+
+
+@given(st.data(), st.integers(1, 4), st.integers(0, 9))
+def test_restarts_keep_a_speedup_reciprocal_and_only_widen_it(
+    data: st.DataObject, starts: int, seed: int
+) -> None:
+    size = st.lists(st.lists(times, min_size=1, max_size=3), min_size=4, max_size=12)
+    ours = data.draw(size)
+    theirs = data.draw(
+        st.lists(st.lists(times, min_size=1, max_size=3), min_size=len(ours), max_size=len(ours))
+    )
+    parts = [len(ours) // starts] * (starts - 1)
+    processes = (*parts, len(ours) - sum(parts))
+    one, other = speedup(ours, theirs, seed, processes), speedup(theirs, ours, seed, processes)
+    assert one["low"] <= one["value"] <= one["high"]
+    assert one["low"] < one["high"], "a start of the processes is never all that there is"
+    assert [1 / one["value"], 1 / one["high"], 1 / one["low"]] == pytest.approx(
+        [other["value"], other["low"], other["high"]], rel=1e-9
+    )
+
+
+def test_one_start_gets_the_interval_of_the_prior() -> None:
+    """Without any noise only the restarts are left: Student's t with PRIOR degrees of freedom."""
+    steady = [[1.0]] * 8
+    found = speedup(steady, steady, processes=(8,))
+    assert found["value"] == 1
+    assert found["high"] == pytest.approx(1 / found["low"])
+    assert PRIOR == 4
+    assert np.log(found["high"]) == pytest.approx(2.776 * RESTART, rel=0.2)
+    assert speedup(steady, steady) == {"value": 1, "low": 1, "high": 1}
+
+
+def test_more_starts_make_a_narrower_interval() -> None:
+    def width(starts: int) -> float:
+        found = speedup([[1.0]] * 8 * starts, [[1.0]] * 8 * starts, processes=(8,) * starts)
+        return found["high"] / found["low"] - 1
+
+    assert width(9) < 0.5 * width(3) < 0.3 * width(1)
+
+
+@pytest.mark.parametrize(("starts", "spread"), [(1, 0.03), (3, 0.03), (3, 0.05), (9, 0.05)])
+def test_the_interval_covers_what_a_restart_changes(
+    monkeypatch: pytest.MonkeyPatch, starts: int, spread: float
+) -> None:
+    """The ratio of both models' starts differs by ``spread`` in all."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 400)  # fast
+    rng = np.random.default_rng(starts)
+    found = [
+        speedup(*restarted(spread / np.sqrt(2), starts, rng), seed, (10,) * starts)
+        for seed in range(200)
+    ]
+    assert np.mean([one["low"] <= 1 <= one["high"] for one in found]) >= 0.90
+    without = [speedup(*restarted(spread / np.sqrt(2), starts, rng), seed) for seed in range(200)]
+    assert np.mean([one["low"] <= 1 <= one["high"] for one in without]) < 0.75, (
+        "that is what the widening is for"
+    )
+
+
 @given(st.floats(0.01, 100), st.floats(0.01, 100), st.floats(0, 1))
 def test_a_verdict_is_one_of_four_and_needs_the_whole_interval(
     one: float, other: float, floor: float
@@ -134,18 +199,6 @@ def test_the_same_times_have_no_noise_and_others_never_less(taken: list[list[flo
     turned = taken[::-1]
     assert noise_floor(taken, turned) >= 0
     assert noise_floor(taken, turned) == pytest.approx(noise_floor(turned, taken), rel=1e-12)
-
-
-def test_noise_flags_name_what_is_doubtful_and_what_to_do() -> None:
-    steady = [[1.0] * 10] * 8
-    assert noise_flags(steady) == []
-    assert [flag.split(":")[0] for flag in noise_flags([[1.0, 2.0] * 5] * 8)] == ["spread"]
-    assert [flag.split(":")[0] for flag in noise_flags([[1.0] * 10] * 4 + [[1.2] * 10] * 4)] == [
-        "drift"
-    ]
-    assert noise_flags([[1.0]] * 8) == [
-        "few samples; give it longer with --bench-time normal or full"
-    ]
 
 
 @given(bits | shares, st.randoms(use_true_random=False))

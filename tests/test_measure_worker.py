@@ -116,9 +116,87 @@ def test_calls_are_timed_by_the_clock(relu: Path, tmp_path: Path) -> None:
     holder = Holder(clock=lambda: next(ticks))
     session = {"settings": SETTINGS, "disabled": ["ReluQuantFusion"]}
     loaded = holder.load(str(relu), "cpu", 1, disabled=["ReluQuantFusion"])
-    assert loaded == {"load_ms": 10 / 1e6, "session": session}
+    assert (loaded["load_ms"], loaded["session"]) == (10 / 1e6, session)
     holder.take(stored(tmp_path, *FEED), batch=1)
-    assert holder.time(3) == {"ns": [10, 10, 10], "elapsed_ns": 70}
+    block = holder.time(3)
+    assert (block["ns"], block["elapsed_ns"]) == ([10, 10, 10], 70)
+    assert block["cpu_ns"] > 0
+    assert block["switches"] >= 0
+
+
+def test_calls_with_bound_outputs_are_timed_by_the_clock(relu: Path, tmp_path: Path) -> None:
+    """On the CPU, whose memory is the host's: on a GPU nothing would be copied either."""
+    from compressor.measure.worker import Holder
+
+    ticks = iter(range(0, 1000, 10))
+    holder = Holder(clock=lambda: next(ticks))
+    holder.load(str(relu), "cpu", 1)
+    holder.take(stored(tmp_path, *FEED), batch=2)
+    assert holder.bound(3) == {"ns": [10, 10, 10]}
+    holder.feed["x"] = holder.feed["x"] * np.float32("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        holder.bound(1)
+
+
+def test_memory_after_loading_is_counted_apart(tmp_path: Path) -> None:
+    """100 MB that are taken and given back before loading are not part of running."""
+    from compressor.measure.worker import peak_rss_bytes
+
+    code = (
+        "from compressor.measure.worker import Holder\n"
+        f"import numpy\nholder = Holder()\nwaste = numpy.ones(100_000_000, 'u1')\ndel waste\n"
+        f"loaded = holder.load({str(onnx_model(tmp_path / 'relu.onnx', 'Relu'))!r}, 'cpu', 1)\n"
+        "print(json.dumps([loaded['peak_rss_bytes'], holder.memory()]), file=sys.stderr)"
+    )
+    loading, memory = in_fresh_python(code)
+    assert memory["peak_rss_bytes"] >= loading > 100e6
+    assert memory["run_rss_bytes"] is None or memory["run_rss_bytes"] < loading - 50e6
+    assert peak_rss_bytes() > 0
+
+
+class Server:
+    """A model whose calls take ``service`` on a clock that only it and sleeping move."""
+
+    def __init__(self, service: int) -> None:
+        self.now, self.service, self.slept = 0, service, 0
+
+    def clock(self) -> int:
+        self.now += 100
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += round(seconds * 1e9)
+        self.slept += 1
+
+    def run(self, names: None, feed: dict[str, Any]) -> list[Any]:
+        self.now += self.service
+        return [np.zeros(1)]
+
+
+@pytest.mark.parametrize(("rate", "waits"), [(1.0, False), (900.0, True)])
+def test_answers_are_late_by_the_queue_before_them(
+    monkeypatch: pytest.MonkeyPatch, rate: float, waits: bool
+) -> None:
+    """Calls of 1 ms that arrive at 1 a second never wait; at 900 a second most do."""
+    from compressor.measure import worker
+
+    model = Server(1_000_000)
+    monkeypatch.setattr(worker.time, "sleep", model.sleep)
+    holder = worker.Holder(clock=model.clock)
+    holder.opened = model
+    served = holder.offer(rate, 300, seed=3)
+    late = np.array(served["ns"])
+    assert len(late) == 300
+    assert late.min() >= 1_000_000
+    assert bool(np.median(late) > 1_400_000) is waits
+    assert served["elapsed_ns"] == pytest.approx(300e9 / rate, rel=0.25)
+    # A queue of one server, by hand: who comes while another is served waits for its end.
+    arrivals = np.cumsum(np.random.default_rng(3).exponential(1e9 / rate, 300))
+    end, expected = 0.0, []
+    for arrival in arrivals:
+        end = max(end, arrival) + 1e6
+        expected.append(end - arrival)
+    np.testing.assert_allclose(late, expected, rtol=0.01, atol=5e4)
 
 
 def test_examples_are_predicted_in_the_batches_that_are_timed(tmp_path: Path) -> None:
@@ -174,6 +252,7 @@ def test_it_imports_onnxruntime_and_numpy_and_little_else(relu: Path, tmp_path: 
         "compressor",
         "compressor.errors",
         "compressor.measure",
+        "compressor.measure.device",
         "compressor.measure.runtime",
         "compressor.measure.worker",
         "compressor.measurement",
@@ -306,7 +385,8 @@ def test_an_output_that_is_not_a_number_is_neither_timed_nor_kept(tmp_path: Path
     log = Artifact.of(onnx_model(tmp_path / "log.onnx", "Log"), "onnx")
     observed = observe([log], Target(batch=1), FEED, predict={"test": FEED}, seconds=0)
     assert observed.failed == {"log": "the model's output is not finite (NaN or infinity)"}
-    assert all(m.values for m in observed.measurements)
+    absent = {m.quantity for m in observed.measurements if not m.values}
+    assert absent <= {"energy_mj", "vram_bytes", "device_ms", "peak_run_bytes"}
     timed = observe([log], Target(batch=2), FEED, seconds=0)
     assert {m.skipped for m in timed.measurements} == {observed.failed["log"]}
 

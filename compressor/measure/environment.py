@@ -9,7 +9,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from compressor.measurement import PROVIDERS, SETTINGS, Target
+from compressor.measurement import PROVIDERS, SETTINGS, TORCH, Target
 
 PACKAGES = (
     "torch",
@@ -23,6 +23,8 @@ PACKAGES = (
 )
 
 NO_OPENVINO = "OpenVINO is not installed: pip install 'compressor[openvino]'"
+
+NO_CUDA = "this PyTorch is built without CUDA"
 
 FEATURES = (
     "avx2",
@@ -69,8 +71,12 @@ def installed(package: str) -> bool:
 def absent(target: Target, providers: Collection[str]) -> str | None:
     """Why nothing can run on ``target``, ``None`` where something can; imports nothing.
 
-    ``providers`` are those that this onnxruntime has.
+    ``providers`` are those that this onnxruntime has. Whether a PyTorch that is built with CUDA
+    finds a GPU is known once it is asked to open a model.
     """
+    if target.runtime in TORCH:
+        without = target.provider == "cuda" and metadata.version("torch").endswith("+cpu")
+        return NO_CUDA if without else None
     if target.runtime == "openvino":
         return None if installed("openvino") else NO_OPENVINO
     wanted = PROVIDERS[target.provider]

@@ -22,6 +22,9 @@ COMPILE = 300.0
 """Milliseconds of loading above which OpenVINO is not made to compile a file again, which it has to
 for its profile: seconds for a large 8-bit one."""
 
+TOLD = ("onnxruntime", "openvino")
+"""Runtimes that say which node took how long."""
+
 FLOAT = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 """Operators that have an 8-bit kernel, by the names under which they run in float."""
 
@@ -29,10 +32,12 @@ FLOAT = ("Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", 
 def placement(run: Timed, path: Path, out: Path) -> dict[str, Any] | None:
     """The ``placement`` field of a measurement, of the ONNX file at ``path`` open in its worker.
 
-    ``None`` where it would take too long. Files are written beside ``out``. Raises
-    :class:`WorkerFailed` where the profile cannot be had.
+    ``None`` where it would take too long or the runtime does not tell. Files are written beside
+    ``out``. Raises :class:`WorkerFailed` where the profile cannot be had.
     """
-    if run.target.runtime == "openvino" and run.load_ms > COMPILE:
+    if run.target.runtime not in TOLD:
+        return None
+    if run.target.runtime == "openvino" and run.loaded["load_ms"] > COMPILE:
         return None
     answer = run.worker.ask("placement", path=str(path), ms=MS, out=str(out))
     graph = answer["graph"]

@@ -1,4 +1,4 @@
-"""Opening an ONNX file in a runtime: the one place where session settings are decided.
+"""Opening a model's file in a runtime: the one place where session settings are decided.
 
 Imports nothing but that runtime and numpy, so that a worker measures what is shipped.
 """
@@ -9,13 +9,16 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compressor.errors import InputError, one_line
 from compressor.measurement import OPENVINO, PROVIDERS, SETTINGS
+
+if TYPE_CHECKING:
+    from compressor.measure.torchrun import Torch
 
 
 class ProviderAbsent(InputError):
@@ -29,28 +32,40 @@ def open_session(
     settings: Mapping[str, str] | None = None,
     disabled: Sequence[str] = (),
     runtime: str = "onnxruntime",
+    arch: str | None = None,
+    inputs: int = 1,
 ) -> Any:
     """A session of ``runtime`` on ``provider`` with ``threads``: ``get_inputs`` and ``run``.
 
-    It is an ``onnxruntime.InferenceSession`` or an :class:`OpenVino`. ``settings`` are the
-    runtime's own, by default those that every row is measured with; ``disabled`` names graph
-    optimizers of onnxruntime that are left out. Raises :class:`ProviderAbsent` rather than falling
-    back to another runtime or provider.
+    It is an ``onnxruntime.InferenceSession``, an :class:`OpenVino` or a
+    :class:`~compressor.measure.torchrun.Torch`. ``settings`` are the runtime's own, by default
+    those that every row is measured with; ``disabled`` names graph optimizers of onnxruntime that
+    are left out. ``arch`` and ``inputs`` are what a torch file does not say: the factory that was
+    given for a model that is not in the zoo, and how many arrays the model takes. Raises
+    :class:`ProviderAbsent` rather than falling back to another runtime or provider.
     """
     if runtime not in RUNTIMES:
         raise ProviderAbsent(f"runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
-    return RUNTIMES[runtime].open(path, provider, threads, settings, disabled)
+    asked = Asked(path, provider, threads, settings, disabled, arch, inputs)
+    return RUNTIMES[runtime].open(asked)
 
 
-def _onnxruntime(
-    path: Path,
-    provider: str,
-    threads: int,
-    settings: Mapping[str, str] | None,
-    disabled: Sequence[str],
-) -> Any:
+class Asked(NamedTuple):
+    """What :func:`open_session` was asked for."""
+
+    path: Path
+    provider: str
+    threads: int
+    settings: Mapping[str, str] | None
+    disabled: Sequence[str]
+    arch: str | None
+    inputs: int
+
+
+def _onnxruntime(asked: Asked) -> Any:
     import onnxruntime
 
+    provider, settings, disabled = asked.provider, asked.settings, asked.disabled
     if provider not in PROVIDERS:
         raise ProviderAbsent(f"provider {provider!r}: choose from {', '.join(PROVIDERS)}")
     wanted = PROVIDERS[provider]
@@ -58,14 +73,14 @@ def _onnxruntime(
     if wanted not in present:
         raise ProviderAbsent(f"onnxruntime here has no {wanted}, only {', '.join(present)}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = asked.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     for key, value in (SETTINGS if settings is None else settings).items():
         options.add_session_config_entry(key, value)
     chain = [wanted] if wanted == PROVIDERS["cpu"] else [wanted, PROVIDERS["cpu"]]
     without = {"disabled_optimizers": list(disabled)} if disabled else {}
-    opened = onnxruntime.InferenceSession(str(path), options, providers=chain, **without)
+    opened = onnxruntime.InferenceSession(str(asked.path), options, providers=chain, **without)
     first = opened.get_providers()[0]
     if first != wanted:
         raise ProviderAbsent(f"{wanted} did not start; onnxruntime fell back to {first}")
@@ -117,16 +132,22 @@ class OpenVino:
         return list(self.request.infer([feed[given.name] for given in self._inputs]).to_tuple())
 
 
-def _openvino(
-    path: Path,
-    provider: str,
-    threads: int,
-    settings: Mapping[str, str] | None,
-    disabled: Sequence[str],
-) -> OpenVino:
-    if provider != "cpu":
-        raise ProviderAbsent(f"provider {provider!r} of OpenVINO: only cpu is supported")
-    return OpenVino(path, threads, settings)
+def _openvino(asked: Asked) -> OpenVino:
+    if asked.provider != "cpu":
+        raise ProviderAbsent(f"provider {asked.provider!r} of OpenVINO: only cpu is supported")
+    return OpenVino(asked.path, asked.threads, asked.settings)
+
+
+def _eager(asked: Asked) -> Torch:
+    from compressor.measure.torchrun import Torch
+
+    return Torch(asked.path, asked.provider, asked.threads, "eager", asked.arch, asked.inputs)
+
+
+def _compile(asked: Asked) -> Torch:
+    from compressor.measure.torchrun import Torch
+
+    return Torch(asked.path, asked.provider, asked.threads, "compile", asked.arch, asked.inputs)
 
 
 def import_onnxruntime() -> Any:
@@ -157,16 +178,33 @@ def import_openvino() -> Any:
     return openvino
 
 
+def import_torch() -> Any:
+    """The module that opens torch files, and PyTorch with it."""
+    from compressor.measure import torchrun
+
+    return torchrun
+
+
+def import_compiler() -> Any:
+    """The same with what compiles: two seconds that are not the model's."""
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401
+
+    return import_torch()
+
+
 class Runtime(NamedTuple):
     """How a runtime is imported, and how it opens a file."""
 
     module: Callable[[], Any]
-    open: Callable[[Path, str, int, Mapping[str, str] | None, Sequence[str]], Any]
+    open: Callable[[Asked], Any]
 
 
 RUNTIMES = {
     "onnxruntime": Runtime(import_onnxruntime, _onnxruntime),
     "openvino": Runtime(import_openvino, _openvino),
+    "torch": Runtime(import_torch, _eager),
+    "torch-compile": Runtime(import_compiler, _compile),
 }
 
 

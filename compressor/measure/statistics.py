@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,23 +47,92 @@ def summary(blocks: Blocks) -> dict[str, Any]:
     }
 
 
-def speedup(reference: Blocks, blocks: Blocks, seed: int = 0) -> dict[str, float]:
+RESTART = 0.03
+"""Prior spread (as a log ratio) of a speed-up from one start of the processes to the next: memory
+is laid out anew. benchmarks/measuring/restarts.py has what it is for real models."""
+
+PRIOR = 4
+"""Degrees of freedom that :data:`RESTART` counts for against the restarts that were seen."""
+
+
+def speedup(
+    reference: Blocks, blocks: Blocks, seed: int = 0, processes: Sequence[int] = ()
+) -> dict[str, float]:
     """How many times faster ``blocks`` are: ratio of medians, with a 95 % bootstrap interval.
 
-    Both hold the same number of blocks, taken in the same rounds. Rounds are drawn again in pairs,
-    so that what slowed a whole round down touches both sides.
+    Both hold the same number of blocks, taken in the same rounds; ``processes`` says how many
+    rounds each start of the processes took, in order: the ratio is then the geometric mean of
+    theirs. The bootstrap is hierarchical: rounds are
+    drawn again in pairs within each process, so that what slowed a whole round down touches both
+    sides, and every draw is moved by what another start could change. Two or three starts cannot be
+    drawn again honestly (they would seem to vary less than they do), so that part is drawn from
+    Student's t around their spread, which :data:`RESTART` stands in for while they are few. Without
+    ``processes`` the interval says nothing of restarts: enough to compare within one.
 
     >>> speedup([[2.0], [2.0]], [[1.0], [1.0]])
     {'value': 2.0, 'low': 2.0, 'high': 2.0}
     """
     rounds = min(len(reference), len(blocks))
-    value = float(np.median(np.concatenate([np.asarray(b, float) for b in reference])))
-    value /= float(np.median(np.concatenate([np.asarray(b, float) for b in blocks])))
-    drawn = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    ours, theirs = _medians(reference[:rounds], drawn), _medians(blocks[:rounds], drawn)
-    low, high = _interval(ours / theirs)
+    starts = _starts(processes or (rounds,), rounds)
+    rng = np.random.default_rng(seed)
+    value, logs = 0.0, np.zeros(RESAMPLES)
+    for start, end in starts:
+        drawn = rng.integers(0, end - start, (RESAMPLES, end - start))
+        ours, theirs = reference[start:end], blocks[start:end]
+        value += math.log(_median(ours) / _median(theirs)) / len(starts)
+        logs += np.log(_medians(ours, drawn) / _medians(theirs, drawn)) / len(starts)
+    if processes:
+        moved = rng.standard_t(PRIOR + len(starts) - 1, RESAMPLES)
+        moved *= _restarting(reference, blocks, starts)
+        # Both ways, so that 1 / ratio gives 1 / interval.
+        logs = np.concatenate([logs + moved, logs - moved])
+    low, high = _interval(logs)
     # The pooled median may lie outside an interval made of thinned blocks by a hair.
-    return {"value": value, "low": min(low, value), "high": max(high, value)}
+    return {
+        "value": math.exp(value),
+        "low": math.exp(min(low, value)),
+        "high": math.exp(max(high, value)),
+    }
+
+
+def _median(blocks: Blocks) -> float:
+    return float(np.median(np.concatenate([np.asarray(block, float) for block in blocks])))
+
+
+def _starts(processes: Sequence[int], rounds: int) -> list[tuple[int, int]]:
+    """First round and end of each process, of ``rounds`` in all."""
+    ends = np.minimum(np.cumsum(processes), rounds)
+    pairs = zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)
+    return [(start, end) for start, end in pairs if end > start]
+
+
+def _restarting(reference: Blocks, blocks: Blocks, starts: Sequence[tuple[int, int]]) -> float:
+    """Standard error of the log ratio that the choice of processes makes."""
+    freedom, seen = len(starts) - 1, 0.0
+    if freedom:
+        logs = [_log_ratios(reference, blocks, *span) for span in starts]
+        inside = statistics.fmean(_error(each) ** 2 for each in logs)
+        seen = max(0.0, statistics.variance(each.mean() for each in logs) - inside)
+    variance = (PRIOR * RESTART**2 + freedom * seen) / (PRIOR + freedom)
+    return math.sqrt(variance / len(starts))
+
+
+def _log_ratios(reference: Blocks, blocks: Blocks, start: int, end: int) -> NDArray[np.float64]:
+    """Of each round's medians."""
+    pairs = zip(reference[start:end], blocks[start:end], strict=True)
+    # Of a few dozen values: NumPy's median takes ten times as long.
+    return np.array(
+        [math.log(statistics.median(one) / statistics.median(other)) for one, other in pairs]
+    )
+
+
+def reach(reference: Blocks, blocks: Blocks, start: int = 0, end: int | None = None) -> float:
+    """Standard error of the mean log ratio over these rounds; infinite for fewer than two."""
+    return _error(_log_ratios(reference, blocks, start, len(blocks) if end is None else end))
+
+
+def _error(logs: NDArray[np.float64]) -> float:
+    return float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
 
 
 THIN = 31
@@ -119,29 +189,6 @@ def noise_floor(first: Blocks, second: Blocks, seed: int = 0) -> float:
     """How far the same model, timed against itself, seems to differ: ratio minus 1."""
     ratio = speedup(first, second, seed)
     return max(ratio["high"], 1 / ratio["low"]) - 1
-
-
-SPREAD, DRIFT = 0.25, 0.10
-
-
-def noise_flags(blocks: Blocks) -> list[str]:
-    """What makes these samples doubtful, each with its remedy; empty when nothing does."""
-    values = np.concatenate([np.asarray(block, dtype=float) for block in blocks])
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    flags = []
-    if (high - low) / middle > SPREAD:
-        flags.append(
-            f"spread: the middle half spans over {SPREAD:.0%} of the median; close other programs"
-        )
-    medians = np.array([np.median(block) for block in blocks])
-    half = len(medians) // 2
-    if half >= 2:
-        drift = float(np.median(medians[half:]) / np.median(medians[:half]) - 1)
-        if abs(drift) > DRIFT:
-            flags.append(f"drift: the halves differ by over {DRIFT:.0%}; let the machine settle")
-    if len(values) < ENOUGH["p90"]:
-        flags.append("few samples; give it longer with --bench-time normal or full")
-    return flags
 
 
 def drop(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compressor.measure.process import Worker
+from compressor.measure.statistics import Blocks
 from compressor.measurement import Target
 
 
@@ -16,9 +22,24 @@ class Timed:
     artifact: str
     target: Target
     worker: Worker
-    load_ms: float
-    session: dict[str, Any] = field(default_factory=dict)
-    """The settings that it was opened with and the optimizers that were left out."""
+    path: Path
+    loaded: Mapping[str, Any]
+    """The worker's answer to loading it."""
+    first_ms: float
     calls: int = 1
     warmup: int = 0
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    medians: list[tuple[float]] = field(default_factory=list)
+    """Of each block, in nanoseconds."""
+    collected: dict[str, Blocks | str] = field(default_factory=dict)
+    """Raw values of each quantity, or why there are none."""
+
+    @cached_property
+    def memory(self) -> dict[str, Any]:
+        """The worker's answer about its memory, asked for once: after timing."""
+        return self.worker.ask("memory")
+
+    def add(self, block: dict[str, Any]) -> None:
+        """One more block."""
+        self.blocks.append(block)
+        self.medians.append((float(np.median(block["ns"])),))

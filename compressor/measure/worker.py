@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from compressor.errors import one_line
+from compressor.measure import device
 from compressor.measure.runtime import RUNTIMES, OpenVino, open_session
 from compressor.measurement import SETTINGS
 
@@ -29,7 +30,11 @@ class Holder:
         self.opened: Any = None
         self.feed: dict[str, Any] = {}
         self.batch = self.threads = 1
+        self.runtime = "onnxruntime"
         self.disabled: list[str] = []
+        self.loading, self.reset = 0, False
+        self.gpu = False
+        self.held: int | None = None
 
     def load(
         self,
@@ -38,25 +43,37 @@ class Holder:
         threads: int,
         disabled: Sequence[str] = (),
         runtime: str = "onnxruntime",
+        arch: str | None = None,
+        inputs: int = 1,
     ) -> dict[str, Any]:
         """Opens the model; ``load_ms`` is the time from file to ready session.
 
-        ``session`` is what the same session is opened with anywhere else.
+        ``session`` is what the same session is opened with anywhere else, ``peak_rss_bytes`` the
+        high-water mark so far, which then starts anew where the kernel lets it.
         """
         RUNTIMES[runtime].module()  # before the clock: importing it takes longer than loading
+        self.gpu = provider in GPUS
+        self.held = device.used() if self.gpu else None
         before = self.clock()
         self.opened = open_session(
-            Path(path), provider, threads, disabled=disabled, runtime=runtime
+            Path(path),
+            provider,
+            threads,
+            disabled=disabled,
+            runtime=runtime,
+            arch=arch,
+            inputs=inputs,
         )
         taken = self.clock() - before
-        self.threads = threads
+        self.threads, self.runtime = threads, runtime
         # Optimizers are onnxruntime's: another runtime knows nothing of them.
-        own = isinstance(self.opened, OpenVino)
-        self.disabled = [] if own else list(disabled)
-        settings = self.opened.settings if own else dict(SETTINGS)
+        own = getattr(self.opened, "settings", None)
+        self.disabled = list(disabled) if own is None else []
+        settings = dict(SETTINGS if own is None else own)
         return {
             "load_ms": taken / 1e6,
             "session": {"settings": settings, "disabled": self.disabled},
+            "peak_rss_bytes": self._peak(),
         }
 
     def take(self, inputs: list[str], batch: int) -> dict[str, Any]:
@@ -82,16 +99,73 @@ class Holder:
     def time(self, calls: int) -> dict[str, Any]:
         """One block: nanoseconds of each of ``calls`` runs, and of the block as a whole.
 
-        Raises ``ValueError`` when an output is not finite: a broken model is never a fast one.
+        With the CPU time of all threads, the energy of the machine (``None`` without a counter) and
+        the involuntary context switches meanwhile. Raises ``ValueError`` when an output is not
+        finite: a broken model is never a fast one.
         """
         run, feed, clock = self.opened.run, self.feed, self.clock
         taken = []
+        energy, switches = device.energy(self.gpu), device.switches()
+        cpu = time.process_time_ns()
         begin = clock()
         for _ in range(calls):
             start = clock()
             outputs = run(None, feed)
             taken.append(clock() - start)
         elapsed = clock() - begin
+        cpu = time.process_time_ns() - cpu
+        if self.threads > 1 and "torch" in self.runtime:
+            time.sleep(WOUND_DOWN)
+        for output in outputs:
+            _finite(output)
+        return {
+            "ns": taken,
+            "elapsed_ns": elapsed,
+            "cpu_ns": cpu,
+            "switches": device.switches() - switches,
+            "energy_mj": device.spent(energy, device.energy(self.gpu)),
+        }
+
+    def bound(self, calls: int) -> dict[str, Any]:
+        """One block with inputs and outputs bound to the device, where they stay: nanoseconds of
+        each call until the device is done. onnxruntime only."""
+        binding = self.opened.io_binding()
+        place = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}.get(
+            self.opened.get_providers()[0], "cpu"
+        )
+        from onnxruntime import OrtValue
+
+        for name, array in self.feed.items():
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array, place, 0))
+        for output in self.opened.get_outputs():
+            binding.bind_output(output.name, place)
+        taken = []
+        for _ in range(calls):
+            start = self.clock()
+            binding.synchronize_inputs()
+            self.opened.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            taken.append(self.clock() - start)
+        for output in binding.copy_outputs_to_cpu():
+            _finite(output)
+        return {"ns": taken}
+
+    def offer(self, rate: float, count: int, seed: int) -> dict[str, Any]:
+        """Answers ``count`` calls that arrive at random, ``rate`` a second on average, in turn.
+
+        ``ns`` are from each arrival to its answer, so they hold the wait behind earlier ones.
+        """
+        gaps = np.random.default_rng(seed).exponential(1e9 / rate, count)
+        arrivals = np.cumsum(gaps).astype(np.int64).tolist()
+        taken = []
+        begin = self.clock()
+        for arrival in arrivals:
+            while (ahead := arrival - (self.clock() - begin)) > 0:
+                if ahead > SLEEP_NS:
+                    time.sleep((ahead - SLEEP_NS) / 1e9)
+            outputs = self.opened.run(None, self.feed)
+            taken.append(self.clock() - begin - arrival)
+        elapsed = self.clock() - begin
         for output in outputs:
             _finite(output)
         return {"ns": taken, "elapsed_ns": elapsed}
@@ -195,8 +269,27 @@ class Holder:
             calls += 1
 
     def memory(self) -> dict[str, Any]:
-        """The kernel's high-water mark of this process, in bytes."""
-        return {"peak_rss_bytes": peak_rss_bytes()}
+        """The kernel's high-water mark of this process, in bytes: ever, and since loading, which is
+        ``None`` where it could not be set back."""
+        since = peak_rss_bytes()
+        return {
+            "peak_rss_bytes": max(self.loading, since),
+            "run_rss_bytes": since if self.reset else None,
+        }
+
+    def vram(self) -> dict[str, Any]:
+        """Bytes of device memory of this process, ``None`` where NVML says nothing."""
+        return {"vram_bytes": device.vram(os.getpid(), self.held)}
+
+    def _peak(self) -> int:
+        self.loading = peak_rss_bytes()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            self.reset = False
+        else:
+            self.reset = True
+        return self.loading
 
     def providers(self) -> dict[str, Any]:
         """The execution providers that this onnxruntime has."""
@@ -210,7 +303,28 @@ def _finite(output: Any) -> None:
         raise ValueError("the model's output is not finite (NaN or infinity)")
 
 
-VERBS = ("providers", "load", "take", "time", "kernels", "placement", "predict", "memory")
+VERBS = (
+    "providers",
+    "load",
+    "take",
+    "time",
+    "bound",
+    "offer",
+    "kernels",
+    "placement",
+    "predict",
+    "memory",
+    "vram",
+)
+
+GPUS = ("cuda", "tensorrt")
+"""Providers with a GPU's counters of energy and memory."""
+
+WOUND_DOWN = 0.01
+"""Seconds after which PyTorch's threads no longer wait busily and disturb who comes next."""
+
+SLEEP_NS = 1_000_000
+"""How long before an arrival a waiting server stops sleeping: longer than a sleep overshoots."""
 
 CALLS = 5
 """Calls of a layer that are profiled even where the time is up."""

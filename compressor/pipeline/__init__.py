@@ -18,15 +18,16 @@ from compressor.loading import task as tasks
 from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.environment import cores, installed
-from compressor.measure.protocol import SECONDS, disabled
-from compressor.measurement import PLACES, SETTINGS, Target
+from compressor.measure.protocol import SECONDS
+from compressor.measure.turns import disabled
+from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.making import Maker
-from compressor.pipeline.measuring import measure, race, rival
+from compressor.pipeline.measuring import leave, measure, race, rival
 from compressor.pipeline.verdict import Row
-from compressor.recipe import Recipe, Step
+from compressor.recipe import BASELINE, Recipe, Step
 from compressor.report import Report
 from compressor.stages import bind, fitting
 from compressor.stages.threads import one_thread
@@ -81,9 +82,9 @@ def run(
     began = time.monotonic()
     if seed < 0:
         raise InputError(f"--seed {seed}: give 0 or more")
-    targets = targets_of(provider, batch, threads)
     if bench_time not in SECONDS:
         raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+    targets = targets_of(provider, batch, threads, bench_time)
     if max_drop is not None and not 0 <= max_drop < float("inf"):
         raise InputError(f"--max-drop {max_drop!r}: give a number of 0 or more, such as 0.01")
     if time_budget is not None and not 0 < time_budget < float("inf"):
@@ -96,8 +97,9 @@ def run(
     for step in steps:
         fitting(step, task)
     state = state_digest(task.model().state_dict())
+    factory = arch if isinstance(arch, str) else None
     # What the model computes stands for its code, which no file shows.
-    reads = key_of(model=state, does=_behaviour(task), data=_data_digest(task.splits))
+    reads = key_of(model=state, does=behaviour(task), data=data_digest(task.splits))
     fingerprint = key_of(
         reads=reads,
         source=task.source,
@@ -132,24 +134,32 @@ def run(
         list(maker.onnx.values()),
         maker.skipped,
         targets,
-        SECONDS[bench_time],
+        bench_time,
         say,
         lambda text: progress(done - 1, total, text),
+        arch=factory,
     )
     say("report")
     found = document(task, maker, measured, targets, budget)
     ran = [row for row in measured.rows if row["artifact"] == found["best"]]
-    said, other = None, rival(ran, found["best"], targets[0])
-    if other is not None and any(row["primary"] and "skipped" not in row for row in ran):
-        best = maker.onnx[found["best"]]
-        said = race(task, best, targets[0], other, measured, SECONDS[bench_time], budget)
+    best, said, other = maker.onnx[found["best"]], None, rival(ran, found["best"], targets[0])
+    ran_there = any(row["primary"] and "skipped" not in row for row in ran)
+    if other is not None and ran_there:
+        said = race(task, best, targets[0], other, measured, bench_time, budget)
     if said is not None:
         found["recommendation"] += f" {verdict.runtimes(said)}"
     found["runtimes"] = said
+    found["pytorch"] = (
+        leave(task, maker.onnx[BASELINE], best, targets, measured, bench_time, factory)
+        if ran_there
+        else []
+    )
+    for one in found["pytorch"]:
+        found["recommendation"] += f" {verdict.left(one)}"
     command = command or f"compressor.run({task.name}, ...)"
     write_samples(folder.path / SAMPLES, measured.raw)
     write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
-    _write_best(folder.path, maker.onnx[found["best"]], home(ran, targets[0], said))
+    _write_best(folder.path, best, home(ran, targets[0], said))
     report = Report(
         {
             "schema": 1,
@@ -189,12 +199,18 @@ def plan(
 
 
 def targets_of(
-    provider: str | Sequence[str] | None, batch: Sequence[int], threads: Sequence[int] | None
+    provider: str | Sequence[str] | None,
+    batch: Sequence[int],
+    threads: Sequence[int] | None,
+    bench_time: str = "quick",
 ) -> list[Target]:
     """Every combination, the primary target first. Threads default to 1 and all cores, providers to
-    cpu, cuda and, where it is installed, openvino."""
+    cpu, cuda and, where it is installed, openvino; PyTorch's own rows come with more time."""
     if provider is None:
         provider = ("cpu", "cuda", *(["openvino"] if installed("openvino") else []))
+        provider += {"quick": (), "normal": ("torch",), "full": ("torch", "torch-compile")}[
+            bench_time
+        ]
     if isinstance(provider, str):
         provider = [name.strip() for name in provider.split(",")]
     chosen = list(dict.fromkeys(threads if threads is not None else (1, cores())))
@@ -207,9 +223,14 @@ def targets_of(
                 raise InputError(f"{flag} {value}: give 1 or more")
     if not (provider and batch and chosen):
         raise InputError("--provider, --batch and --threads each need at least one value")
-    found = []
+    found: list[Target] = []
     for name in dict.fromkeys(provider):
         runtime, device = PLACES[name]
+        if runtime in TORCH and not found:
+            raise InputError(
+                f"--provider {name} first: what is recommended runs without PyTorch; put another "
+                f"first, such as cpu,{name}"
+            )
         # Threads are CPU threads: a GPU is measured with the first count only.
         counts = chosen if device == "cpu" else chosen[:1]
         found += [
@@ -220,7 +241,7 @@ def targets_of(
     return found
 
 
-def _behaviour(task: Task) -> str:
+def behaviour(task: Task) -> str:
     """A digest of what the model answers to made-up examples."""
     import torch
 
@@ -229,7 +250,7 @@ def _behaviour(task: Task) -> str:
     return state_digest({str(at): output for at, output in enumerate(outputs)})
 
 
-def _data_digest(splits: Splits | None) -> str:
+def data_digest(splits: Splits | None) -> str:
     if splits is None:
         return ""
     parts = (splits.train, splits.validate, splits.calibrate, splits.test)

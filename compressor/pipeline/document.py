@@ -12,9 +12,9 @@ from compressor.artifact import Artifact, replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
 from compressor.measure.environment import absent, environment
-from compressor.measurement import SETTINGS, Measurement, Target
+from compressor.measurement import SETTINGS, TORCH, Measurement, Target
 from compressor.metrics import METRICS
-from compressor.pipeline import verdict
+from compressor.pipeline import damage, verdict
 from compressor.pipeline.making import Maker
 from compressor.pipeline.measuring import Measured
 from compressor.pipeline.verdict import Choice, Outputs, Row
@@ -57,23 +57,16 @@ def document(
     )
     allowed = [name for name in names if verdict.within(validated[name], budget)]
     return {
-        "environment": {
-            **environment(),
-            "load": measured.load,
-            "providers": measured.providers,
-            "threads": {"spinning": SETTINGS["session.intra_op.allow_spinning"] == "1"},
-            "noise_floor": measured.floors.get(targets[0]),
-        },
+        "environment": machine(measured, targets[0]),
         "recipe": [step.to_json() for step in maker.resolved],
-        "task": {
-            "name": task.name,
-            "kind": task.kind,
-            "data": task.data,
-            "splits": task.splits.sizes() if task.splits else None,
-            "metric": task.metric,
-            "higher_is_better": METRICS[task.kind][task.metric].higher_is_better,
-        },
-        "artifacts": [_artifact(maker, name, choice, *fields[name], budget) for name in names],
+        "task": about(task),
+        "artifacts": [
+            {
+                **_artifact(maker, name, choice, *fields[name], budget),
+                **hurt(task, measured, outputs, name),
+            }
+            for name in names
+        ],
         "measurements": measured.rows,
         "best_per_target": [
             {**target.to_json(), "artifact": found}
@@ -94,6 +87,63 @@ def document(
     }
 
 
+def machine(measured: Measured, primary: Target) -> Row:
+    """``environment``: the machine, and how quiet it was on the ``primary`` target."""
+    return {
+        **environment(),
+        "load": measured.load,
+        "providers": measured.providers,
+        "threads": {"spinning": SETTINGS["session.intra_op.allow_spinning"] == "1"},
+        "noise_floor": measured.floors.get(primary),
+    }
+
+
+def about(task: Task) -> Row:
+    """``task``: what the artifacts are judged on."""
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "data": task.data,
+        "splits": task.splits.sizes() if task.splits else None,
+        "metric": task.metric,
+        "higher_is_better": METRICS[task.kind][task.metric].higher_is_better,
+    }
+
+
+def described(made: Artifact, folder: Path, accuracy: Row, budget: float) -> Row:
+    """What an artifact is as a file in ``folder``, and how its ``accuracy`` field is judged."""
+    lost = accuracy.get("drop")
+    return {
+        "name": made.name,
+        "path": made.path.relative_to(folder).as_posix(),
+        "sha256": made.digest,
+        "form": made.form,
+        "source": made.source.relative_to(folder).as_posix() if made.source else None,
+        "steps": list(made.steps),
+        "size_bytes": made.size_bytes,
+        "within_budget": None if lost is None else lost["value"] <= budget,
+        "proven": None if lost is None else lost["high"] <= budget,
+        "accuracy": accuracy,
+    }
+
+
+def hurt(
+    task: Task, measured: Measured, outputs: Outputs, name: str, reference: str = BASELINE
+) -> Row:
+    """``classes`` and ``worst``: what ``name`` lost on test against the reference, and where."""
+    both = [outputs.get(one, {}).get("test") for one in (reference, name)]
+    ours, theirs = both
+    if name == reference or task.splits is None or ours is None or theirs is None:
+        return {"classes": None, "worst": None}
+    if ours.shape != theirs.shape:
+        return {"classes": None, "worst": None}
+    true = measured.targets["test"]
+    return {
+        "classes": damage.classes(task, ours, theirs, true),
+        "worst": damage.worst(task, task.splits.test, ours, theirs, true),
+    }
+
+
 def _narrowed(made: Artifact) -> bool:
     """Whether the artifact computes with fewer bits than it was trained with."""
     return any(step["stage"] in ("quantize", "qat") for step in made.steps)
@@ -104,7 +154,9 @@ def _on_gpu(maker: Maker, measured: Measured, targets: Sequence[Target]) -> list
     names = (SCHEMES.get(str(step.settings.get("scheme")), step.name) for step in maker.resolved)
     asked = any(name.startswith("int8") for name in names)
     ran = any(
-        target.provider == "cuda" and absent(target, measured.providers) is None
+        target.provider == "cuda"
+        and target.runtime not in TORCH
+        and absent(target, measured.providers) is None
         for target in targets
     )
     return [GPU] if asked and ran else []
@@ -115,25 +167,11 @@ def _artifact(
 ) -> Row:
     made = maker.onnx[name]
     model, _ = torchfile.open_model(maker.float_of(name), maker.task)
-    lost = accuracy.get("drop")
-
-    def relative(path: Path) -> str:
-        return path.relative_to(maker.folder.path).as_posix()
-
     return {
-        "name": name,
-        "path": relative(made.path),
-        "sha256": made.digest,
-        "form": made.form,
-        "source": relative(made.source) if made.source else None,
-        "steps": list(made.steps),
-        "size_bytes": made.size_bytes,
+        **described(made, maker.folder.path, accuracy, budget),
         "params": counting.params(model),
         "macs": counting.macs(model, maker.task.examples(1)),
         "best": name == choice.best,
-        "within_budget": None if lost is None else lost["value"] <= budget,
-        "proven": None if lost is None else lost["high"] <= budget,
-        "accuracy": accuracy,
         "fidelity": fidelity,
     }
 
@@ -148,6 +186,7 @@ def write_samples(path: Path, raw: Sequence[Measurement]) -> None:
             "unit": one.unit,
             "warmup": one.warmup,
             "values": one.values,
+            "processes": one.processes,
             "skipped": one.skipped,
         }
         for one in raw

@@ -13,10 +13,11 @@ from typing import Any
 from compressor.artifact import Artifact, write_text
 from compressor.errors import InputError, StageError
 from compressor.report import FILE, Report
+from compressor.report.plots import PICTURES
 
 STATE = "run.json"
 ARTIFACTS = "artifacts"
-OURS = (STATE, FILE, "report.md", "pareto.png", "best.onnx", "best.json", "recipe.toml",
+OURS = (STATE, FILE, "report.md", "report.html", *PICTURES, "best.onnx", "best.json", "recipe.toml",
         "samples.json.gz", ARTIFACTS)  # fmt: skip
 """Everything that a run writes, and so all that ``--fresh`` removes."""
 

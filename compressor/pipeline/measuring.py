@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from compressor.artifact import Artifact
-from compressor.measure import protocol
+from compressor.measure import device, protocol, statistics
 from compressor.measure.environment import absent, environment
 from compressor.measure.process import Worker
-from compressor.measure.protocol import Observed, observe
-from compressor.measurement import Measurement, Target
+from compressor.measure.protocol import PROCESSES, SECONDS, Observed, observe
+from compressor.measure.statistics import speedup, summary
+from compressor.measurement import TORCH, Measurement, Target
 from compressor.pipeline import verdict
 from compressor.pipeline.making import watched
 from compressor.pipeline.verdict import Outputs, Row
@@ -53,36 +54,44 @@ def measure(
     artifacts: Sequence[Artifact],
     skipped: Mapping[str, str],
     targets: Sequence[Target],
-    seconds: float,
+    bench_time: str,
     say: Callable[[str], None],
     detail: Callable[[str], None],
+    reference: str = BASELINE,
+    arch: str | None = None,
 ) -> Measured:
     """Measures ONNX ``artifacts`` on ``targets``, the primary one first.
 
     Outputs are taken for each :func:`place`, whose batch size counts because dynamic quantization
-    looks at the whole batch. ``skipped`` artifacts become rows with their reason.
+    looks at the whole batch. ``skipped`` artifacts become rows with their reason. ``reference``
+    names the artifact that the others are compared with, the first; load curves are taken on the
+    primary target, unless ``bench_time`` is quick.
     """
     with Worker() as worker:
         present = worker.ask("providers")["providers"]
     inputs, known = _whole_splits(task)
     measured = Measured(present, environment()["load"], known)
+    machine = {"load": measured.load, "governor": device.governor()}
     for target in targets:
         say(f"measure on {target}")
         with watched() as seen:
-            observed = _observe(task, artifacts, target, measured, inputs, seconds, detail)
+            observed = _observe(
+                task, artifacts, target, targets[0], measured, inputs, bench_time, arch, detail
+            )
         measured.stages.append(
             {"stage": "measure", "artifact": None, "cached": False, "target": str(target), **seen}
         )
         measured.raw += observed.measurements
-        floor = verdict.floor_of(observed)
+        floor = verdict.floor_of(observed, reference)
         if floor is not None:
             measured.floors[target] = floor
         primary = target == targets[0]
-        rows = verdict.rows(observed, target, task, primary)
+        rows = verdict.rows(observed, target, task, primary, reference, machine)
         for row in rows:
             if "skipped" not in row:
                 outputs = measured.outputs.get(place(target), {})
-                row |= verdict.as_run(task, known, outputs, row["artifact"], "test")
+                name = row["artifact"]
+                row |= verdict.as_run(task, known, outputs, name, "test", reference)
         measured.rows += rows
         measured.rows += [
             {"artifact": name, **target.to_json(), "primary": primary, "skipped": why}
@@ -95,9 +104,11 @@ def _observe(
     task: Task,
     artifacts: Sequence[Artifact],
     target: Target,
+    primary: Target,
     measured: Measured,
     inputs: dict[str, Inputs],
-    seconds: float,
+    bench_time: str,
+    arch: str | None,
     detail: Callable[[str], None],
 ) -> Observed:
     if why := absent(target, measured.providers):
@@ -112,7 +123,10 @@ def _observe(
         target,
         _feed(task, target),
         predict=predict,
-        seconds=seconds,
+        load=target == primary and bench_time != "quick",
+        arch=arch,
+        seconds=SECONDS[bench_time],
+        processes=PROCESSES[bench_time],
         seed=task.seed,
         progress=detail,
     )
@@ -122,9 +136,9 @@ def _observe(
 
 
 def rival(rows: Sequence[Row], best: str, primary: Target) -> Target | None:
-    """The other runtime that ran ``best`` on the same provider with the same batch and threads."""
+    """The other runtime to serve with that ran ``best`` on the same provider, batch and threads."""
     ran = (target_of(row) for row in rows if row["artifact"] == best and "skipped" not in row)
-    others = (target for target in ran if target.runtime != primary.runtime)
+    others = (target for target in ran if target.runtime not in (primary.runtime, *TORCH))
     return next(
         (target for target in others if replace(target, runtime=primary.runtime) == primary), None
     )
@@ -136,8 +150,9 @@ def race(
     primary: Target,
     other: Target,
     measured: Measured,
-    seconds: float,
+    bench_time: str,
     budget: float,
+    arch: str | None = None,
 ) -> Row | None:
     """The recommended artifact on ``primary`` against another runtime, by turns.
 
@@ -150,7 +165,9 @@ def race(
     observed = protocol.duel(
         [(protocol.DUEL, artifact.checked(), target) for target in (primary, other)],
         _feed(task, primary),
-        seconds=seconds,
+        arch=arch,
+        seconds=SECONDS[bench_time],
+        processes=PROCESSES[bench_time],
         seed=task.seed,
     )
     measured.raw += observed.measurements
@@ -174,6 +191,72 @@ def race(
         "drop": judged.get("drop"),
         "within_budget": verdict.within(chosen, budget) and verdict.within(judged, budget),
     }
+
+
+def leave(
+    task: Task,
+    baseline: Artifact,
+    best: Artifact,
+    targets: Sequence[Target],
+    measured: Measured,
+    bench_time: str,
+    arch: str | None = None,
+) -> list[Row]:
+    """What leaving PyTorch brings: its own rows of the baseline against the primary target's, by
+    turns.
+
+    A row for each of PyTorch's runtimes among ``targets`` that ran: ``{"runtime", "artifact",
+    "p50", "baseline", "best"}``: how many times faster the baseline and the recommended
+    ``artifact`` are on the primary target, ratios with their verdicts. Raw values are added to
+    ``measured``.
+    """
+    primary = targets[0]
+    rivals = [
+        target
+        for target in targets
+        if target.runtime in TORCH
+        and target != primary
+        and replace(target, runtime=primary.runtime) == primary
+        and any(
+            row["artifact"] == BASELINE and "skipped" not in row and target_of(row) == target
+            for row in measured.rows
+        )
+    ]
+    if not rivals:
+        return []
+    here = {one.name: one.checked() for one in (baseline, best)}
+    observed = protocol.duel(
+        [
+            *((name, artifact, primary) for name, artifact in here.items()),
+            *((BASELINE, baseline, rival) for rival in rivals),
+        ],
+        _feed(task, primary),
+        arch=arch,
+        seconds=SECONDS[bench_time],
+        processes=PROCESSES[bench_time],
+        seed=task.seed,
+    )
+    measured.raw += observed.measurements
+    floor = measured.floors.get(primary, {"value": 0.0})["value"]
+    times = observed.times()
+
+    def against(name: str, rival: Target) -> Row | None:
+        if (name, primary) not in times:
+            return None
+        ratio = speedup(times[BASELINE, rival], times[name, primary], task.seed, observed.processes)
+        return {**ratio, "verdict": statistics.verdict(ratio["low"], ratio["high"], floor)}
+
+    return [
+        {
+            "runtime": rival.runtime,
+            "artifact": best.name,
+            "p50": summary(times[BASELINE, rival])["p50"],
+            "baseline": against(BASELINE, rival),
+            "best": against(best.name, rival),
+        }
+        for rival in rivals
+        if (BASELINE, rival) in times
+    ]
 
 
 def _feed(task: Task, target: Target) -> Inputs:

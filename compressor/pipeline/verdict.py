@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor.measure.fidelity import fidelity
-from compressor.measure.protocol import CONTROL, Observed
+from compressor.measure.noise import conditions, flags
+from compressor.measure.protocol import Observed
 from compressor.measure.quantities import QUANTITIES
-from compressor.measure.statistics import Blocks, drop, noise_flags, noise_floor, speedup, verdict
+from compressor.measure.statistics import Blocks, drop, noise_floor, speedup, verdict
+from compressor.measure.turns import CONTROL
 from compressor.measurement import Measurement, Target
 from compressor.metrics import METRICS
 from compressor.recipe import BASELINE
@@ -33,13 +35,23 @@ class Choice:
     held: bool
 
 
-def rows(observed: Observed, target: Target, task: Task, primary: bool) -> list[Row]:
-    """One row of ``report.json``'s measurements for every artifact on this target."""
+def rows(
+    observed: Observed,
+    target: Target,
+    task: Task,
+    primary: bool,
+    reference: str = BASELINE,
+    machine: Mapping[str, Any] = {},
+) -> list[Row]:
+    """One row of ``report.json``'s measurements for every artifact on this target.
+
+    ``machine`` holds the conditions that are the same for all: ``load`` and ``governor``.
+    """
     by_artifact: dict[str, dict[str, Measurement]] = {}
     for one in observed.measurements:
         by_artifact.setdefault(one.artifact, {})[one.quantity] = one
-    reference = by_artifact.get(BASELINE, {}).get("latency_ms")
-    floor = floor_of(observed)
+    times = {name: blocks for (name, _), blocks in observed.times().items()}
+    floor = floor_of(observed, reference)
     found = []
     for name, quantities in by_artifact.items():
         if name == CONTROL:
@@ -50,39 +62,62 @@ def rows(observed: Observed, target: Target, task: Task, primary: bool) -> list[
             found.append({**row, "primary": primary, "skipped": skipped})
             continue
         for quantity, measurement in quantities.items():
-            row[quantity] = QUANTITIES[quantity].figure(measurement.values)
-        blocks = quantities["latency_ms"].values
+            figure = QUANTITIES[quantity].figure
+            row[quantity] = None if measurement.skipped else figure(measurement.values)
         row["primary"] = primary
-        row["speedup"] = _speedup(
-            name, reference, blocks, floor["value"] if floor else 0.0, task.seed
-        )
-        row["noise"] = noise_flags(blocks)
+        row["processes"] = len(observed.processes)
+        row["speedup"] = _speedup(name, reference, times, observed, floor, task.seed)
+        row["conditions"] = {
+            **conditions(times[name], observed.processes),
+            "cpu_share": _share(quantities, target),
+            "switches_per_s": row.pop("switches_per_s"),
+            "steal": observed.stolen,
+            **machine,
+        }
+        row["noise"] = flags(row["conditions"], row["latency_ms"]["n"])
         row["session"] = observed.sessions.get(name)
         row["placement"] = observed.placements.get(name)
+        row["load_curve"] = observed.loads.get(name)
         found.append(row)
     return found
 
 
-def floor_of(observed: Observed) -> Row | None:
-    """``{"value", "n"}``: how far the baseline and its control seem to differ; ``None`` without."""
-    blocks = {name: taken for (name, _), taken in observed.times().items()}
-    if BASELINE not in blocks or CONTROL not in blocks:
+def _share(quantities: Mapping[str, Measurement], target: Target) -> float | None:
+    """CPU time over wall time; on one thread of a CPU only, where anything below 1 is waiting."""
+    if target.provider != "cpu" or target.threads != 1:
         return None
-    both = blocks[BASELINE], blocks[CONTROL]
+    cpu, wall = (
+        sum(block[0] for block in quantities["cpu_ms"].values),
+        sum(sum(block) / len(block) for block in quantities["latency_ms"].values),
+    )
+    return min(1.0, cpu / wall)
+
+
+def floor_of(observed: Observed, reference: str = BASELINE) -> Row | None:
+    """``{"value", "n"}``: how far reference and control seem to differ; ``None`` without."""
+    blocks = {name: taken for (name, _), taken in observed.times().items()}
+    if reference not in blocks or CONTROL not in blocks:
+        return None
+    both = blocks[reference], blocks[CONTROL]
     return {"value": noise_floor(*both), "n": sum(map(len, both[1]))}
 
 
 def _speedup(
-    name: str, reference: Measurement | None, blocks: Blocks, floor: float, seed: int
+    name: str,
+    reference: str,
+    times: Mapping[str, Blocks],
+    observed: Observed,
+    floor: Row | None,
+    seed: int,
 ) -> Row | None:
-    if reference is None or reference.skipped:
+    if reference not in times:
         return None
-    if name == BASELINE:
+    if name == reference:
         ratio = {"value": 1.0, "low": 1.0, "high": 1.0}
-        return {"versus": BASELINE, **ratio, "verdict": "same"}
-    ratio = speedup(reference.values, blocks, seed)
-    said = verdict(ratio["low"], ratio["high"], floor)
-    return {"versus": BASELINE, **ratio, "verdict": said}
+        return {"versus": reference, **ratio, "verdict": "same"}
+    ratio = speedup(times[reference], times[name], seed, observed.processes)
+    said = verdict(ratio["low"], ratio["high"], floor["value"] if floor else 0.0)
+    return {"versus": reference, **ratio, "verdict": said}
 
 
 def between(
@@ -92,7 +127,7 @@ def between(
     blocks = {target: taken for (_, target), taken in observed.times().items()}
     if first not in blocks or second not in blocks:
         return None
-    ratio = speedup(blocks[first], blocks[second], seed)
+    ratio = speedup(blocks[first], blocks[second], seed, observed.processes)
     return {**ratio, "verdict": verdict(ratio["low"], ratio["high"], floor)}
 
 
@@ -117,23 +152,47 @@ def runtimes(race: Row) -> str:
     return f"{sentence}."
 
 
+def left(found: Row) -> str:
+    """The sentence that says what leaving PyTorch brings."""
+    name = {"torch": "PyTorch eager", "torch-compile": "torch.compile"}.get(
+        found["runtime"], found["runtime"]
+    )
+
+    def said(ratio: Row | None) -> str:
+        if ratio is None:
+            return "n/a"
+        return f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+    sentence = f"Against the model in {name}, the baseline runs at {said(found['baseline'])}"
+    if found["artifact"] != BASELINE:
+        sentence += f" and {found['artifact']} at {said(found['best'])}"
+    return f"{sentence} its speed."
+
+
 def judged(
-    task: Task, targets: Mapping[str, Array], outputs: Outputs, name: str, split: str
+    task: Task,
+    targets: Mapping[str, Array],
+    outputs: Outputs,
+    name: str,
+    split: str,
+    reference: str = BASELINE,
 ) -> tuple[Row, Row | None]:
     """The ``accuracy`` and ``fidelity`` fields of one artifact on one split.
 
-    ``{metric: value, ..., "n", "drop"}``, where ``drop`` is against the baseline on the same
+    ``{metric: value, ..., "n", "drop"}``, where ``drop`` is against the reference on the same
     examples for the task's metric; a reason where there is nothing. ``targets`` are those of whole
     splits, by name. Without data, fidelity is on made-up inputs.
     """
-    row = as_run(task, targets, outputs, name, split)
+    row = as_run(task, targets, outputs, name, split, reference)
     if row["accuracy"] is None:
-        why = "its outputs could not be taken" if task.splits else "no data"
+        taken = split in outputs.get(name, {})
+        why = "its outputs have another shape" if taken else "its outputs could not be taken"
+        why = why if task.splits else "no data"
         return {"skipped": why}, row["fidelity"]
-    wanted, got = outputs.get(BASELINE, {}).get(split), outputs[name][split]
+    wanted, got = outputs.get(reference, {}).get(split), outputs[name][split]
     how = METRICS[task.kind][task.metric]
     lost: Row | None = None
-    if name == BASELINE:
+    if name == reference:
         lost = {"value": 0.0, "low": 0.0, "high": 0.0}
     elif wanted is not None:
         scores = (how.score(one, targets[split]) for one in (wanted, got))
@@ -142,11 +201,22 @@ def judged(
 
 
 def as_run(
-    task: Task, targets: Mapping[str, Array], outputs: Outputs, name: str, split: str
+    task: Task,
+    targets: Mapping[str, Array],
+    outputs: Outputs,
+    name: str,
+    split: str,
+    reference: str = BASELINE,
 ) -> Row:
-    """``accuracy`` and ``fidelity`` as a measurement has them: no drop, ``None`` for nothing."""
+    """``accuracy`` and ``fidelity`` as a measurement has them: no drop, ``None`` for nothing.
+
+    Outputs of another shape than those of the first artifact that has any are not compared.
+    """
     on = split if task.splits else "synthetic"
-    got, wanted = outputs.get(name, {}).get(on), outputs.get(BASELINE, {}).get(on)
+    got, wanted = outputs.get(name, {}).get(on), outputs.get(reference, {}).get(on)
+    shape = next((by[on].shape for by in outputs.values() if on in by), None)
+    if got is not None and got.shape != shape:
+        got = None
     found: Row = {"accuracy": None, "fidelity": None}
     if got is not None and wanted is not None:
         found["fidelity"] = fidelity(task.kind, wanted, got)
@@ -172,29 +242,31 @@ def choose(
     tested: Mapping[str, Row],
     max_drop: float,
     narrowed: Collection[str] = (),
+    reference: str = BASELINE,
 ) -> Choice:
-    """The least latency on the primary target within the budget and not slower than baseline.
+    """The least latency on the primary target within the budget and not slower than ``reference``.
 
     Those of ``narrowed``, which have fewer bits, must be proven faster.
 
     ``validated`` chooses, ``tested`` judges; both are accuracy fields by artifact. Where the chosen
-    one fails on test, or only the baseline qualifies, the baseline is recommended.
+    one fails on test, or only the reference qualifies, the reference is recommended.
     """
     measured = {row["artifact"]: row for row in primary if "skipped" not in row}
-    others = [name for name in names if name != BASELINE]
+    others = [name for name in names if name != reference]
     if task.splits is None:
         return Choice(
-            BASELINE,
+            reference,
             "Nothing is recommended over the baseline: without data nothing could be recovered "
             "or judged; add --data SPEC.",
             not others,
         )
-    if BASELINE not in measured:
+    if reference not in measured:
         return Choice(
-            BASELINE, "Nothing could be measured on the primary target: see below.", False
+            reference, "Nothing could be measured on the primary target: see below.", False
         )
     if not others:
-        return Choice(BASELINE, "Only the baseline was measured: the recipe has no steps.", True)
+        return Choice(reference, "Only the baseline was measured: the recipe has no steps.", True)
+    versus = "the baseline" if reference == BASELINE else reference
     why: dict[str, str] = {}
     fit: list[str] = []
     for name in others:
@@ -212,33 +284,33 @@ def choose(
             why[name] = f"is not faster beyond noise ({measured[name]['speedup']['value']:.2f}x)"
         else:
             fit.append(name)
-    best = min([*fit, BASELINE], key=lambda name: measured[name]["latency_ms"]["p50"])
+    best = min([*fit, reference], key=lambda name: measured[name]["latency_ms"]["p50"])
     held = bool(fit)
-    if best != BASELINE:
+    if best != reference:
         lost = tested[best]["drop"]
         if lost["value"] <= max_drop:
-            return Choice(best, _praise(task, best, measured[best], lost, max_drop), True)
+            return Choice(best, _praise(task, best, measured[best], lost, max_drop, versus), True)
         held = False
         why[best] = f"held the budget on validate but drops {lost['value']:.4f} on test"
-    lagging = "is not faster" if best == BASELINE else f"was not chosen: {best} was faster"
+    lagging = "is not faster" if best == reference else f"was not chosen: {best} was faster"
     for name in fit:
         why.setdefault(name, f"holds the budget but {lagging}")
     reasons = "; ".join(f"{name} {reason}" for name, reason in why.items())
     return Choice(
-        BASELINE,
-        f"The baseline stays: nothing is better within a drop of {max_drop:g}: {reasons}.",
+        reference,
+        f"Nothing is better than {versus} within a drop of {max_drop:g}, so it stays: {reasons}.",
         held,
     )
 
 
-def _praise(task: Task, best: str, row: Row, lost: Row, max_drop: float) -> str:
+def _praise(task: Task, best: str, row: Row, lost: Row, max_drop: float, versus: str) -> str:
     ratio = row["speedup"]
     speed = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
     speed += {
-        "faster": " faster than the baseline",
-        "same": ", the same speed as the baseline",
-        "inconclusive": " of the baseline's speed, which is inconclusive",
-        "slower": " of the baseline's speed",
+        "faster": f" faster than {versus}",
+        "same": f", the same speed as {versus}",
+        "inconclusive": f" of {versus}'s speed, which is inconclusive",
+        "slower": f" of {versus}'s speed",
     }[ratio["verdict"]]
     proven = (
         "the whole interval holds the budget"

@@ -83,11 +83,12 @@ class Report:
         return cls(document, file.parent)
 
     def save(self) -> None:
-        """Writes ``report.json``, ``report.md`` and ``pareto.png`` into the folder.
+        """Writes ``report.json``, ``report.md``, its pictures and ``report.html`` into the folder.
 
         Raises :class:`ValueError`, and writes nothing, when the document breaks the schema.
         """
-        from compressor.report.plots import pareto
+        from compressor.report.html import html
+        from compressor.report.plots import PICTURES, pictures
 
         try:
             text = json.dumps(self.document, indent=2, allow_nan=False)
@@ -96,11 +97,15 @@ class Report:
             raise ValueError(f"report holds what JSON cannot: {error}") from error
         if wrong:
             raise ValueError(f"report breaks schema 1, {wrong}")
-        written, picture = self.markdown(), pareto(self.document)
+        written, drawn, paged = self.markdown(), pictures(self.document), html(self.document)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / "pareto.png") as beside:
-            beside.write_bytes(picture)
+        for name, picture in drawn.items():
+            with replacing(self.folder / name) as beside:
+                beside.write_bytes(picture)
         write_text(self.folder / "report.md", written)
+        write_text(self.folder / "report.html", paged)
+        for name in PICTURES.keys() - drawn.keys():
+            (self.folder / name).unlink(missing_ok=True)  # of an earlier report
         # Last: whoever finds the data finds its views as well.
         write_text(self.folder / FILE, text + "\n")
 

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from compressor.report import curves, damage, waterfall
+from compressor.report.plots import shown
 from compressor.report.table import (
     MISSING,
     Document,
@@ -23,6 +25,7 @@ from compressor.report.table import (
     render,
     score,
     size,
+    subject,
     table,
     target_of,
 )
@@ -57,9 +60,11 @@ def _blocks(document: Document) -> Iterator[str]:
     if target is not None:
         yield f"On {escaped(label(target))}:"
     yield table(document, target, markdown=True)
+    yield _image(document, "Accuracy against latency", "pareto.png")
     yield escaped(placement(document, target))
     yield _bullets(escaped(note) for note in footnotes(document))
-    yield "![Accuracy against latency](pareto.png)"
+    yield from _stage_by_stage(document)
+    yield from _damage(document)
     if others := further(document, markdown=True):
         yield "## Further targets"
         yield others
@@ -69,10 +74,30 @@ def _blocks(document: Document) -> Iterator[str]:
             f"{escaped(label(target_of(entry)))}: **{escaped(entry['artifact'])}**"
             for entry in document["best_per_target"]
         )
+    if target is not None and (beside := curves.costs(document)):
+        yield "## Measured further"
+        yield f"On {escaped(label(target))}:"
+        yield beside
+    if batches := curves.throughput(document):
+        yield "## Throughput against batch"
+        for where, rates in batches.items():
+            yield f"On {escaped(where)}:"
+            yield rates
+    if delays := curves.delays(document):
+        yield "## Load"
+        yield (
+            "Requests that come at random and wait their turn: the time from arrival to answer, by "
+            "the rate offered as a share of the throughput without pauses."
+        )
+        yield _image(document, "Latency against the rate offered", "load.png")
+        yield delays
     if kinds := operators(document, target):
         yield "## Where the time goes"
         yield kinds
         yield nodes(document, target)
+    if learned := _image(document, "Loss and accuracy by epoch", "curves.png"):
+        yield "## Learning curves"
+        yield learned
     if document.get("warnings"):
         yield "## Warnings"
         yield _bullets(escaped(warning) for warning in document["warnings"])
@@ -84,8 +109,51 @@ def _blocks(document: Document) -> Iterator[str]:
         yield _stages(document)
     yield "## Environment"
     yield _bullets(_environment(document))
+    if conditions := curves.noise(document):
+        yield "## Noise"
+        yield conditions
     yield "## Reproduce"
     yield from _reproduce(document)
+
+
+def _image(document: Document, words: str, name: str) -> str:
+    return f"![{words}]({name})" if name in shown(document) else ""
+
+
+def _stage_by_stage(document: Document) -> Iterator[str]:
+    """The waterfall of the recommended artifact, or of the next best."""
+    if not (gave := waterfall.stages(document)):
+        return
+    yield "## What each stage gave and cost"
+    yield _instead(document)
+    if floor := document["environment"]["noise_floor"]:
+        yield f"A change of p50 by less than the noise floor, {floor['value']:.1%}, is none."
+    yield gave
+    yield _image(document, "Accuracy, latency and size after each stage", "waterfall.png")
+
+
+def _damage(document: Document) -> Iterator[str]:
+    """What the recommended artifact lost by class and by example, or the next best."""
+    chosen = subject(document)
+    classes, examples = damage.by_class(document), damage.examples(document)
+    if chosen is None or not (classes or examples):
+        return
+    yield "## Where it hurts"
+    yield _instead(document)
+    if classes:
+        yield damage.lost(document)
+        yield classes
+    if examples:
+        yield f"The test examples on which {escaped(chosen['name'])} lost most:"
+        yield _image(document, "The worst examples", "worst.png") or examples
+
+
+def _instead(document: Document) -> str:
+    """Says whose figures these are where the recommended artifact has none."""
+    chosen = subject(document)
+    if chosen is None or chosen["best"]:
+        return ""
+    return f"{escaped(best(document))} is recommended; this is {escaped(chosen['name'])}."
 
 
 def _bullets(lines: Iterator[str]) -> str:
@@ -218,7 +286,7 @@ def _environment(document: Document) -> Iterator[str]:
     yield f"providers: {_value(there['providers'])}"
     yield f"load before measuring: {MISSING if there['load'] is None else figures(there['load'])}"
     if floor is not None:
-        yield f"noise floor: ±{floor['value']:.1%} (baseline against itself, n = {floor['n']})"
+        yield f"noise floor: ±{floor['value']:.1%} (reference against itself, n = {floor['n']})"
     yield f"created: {escaped(document['created'])}"
     if document["samples"]:
         yield f"raw values: {escaped(document['samples'])}"
@@ -227,6 +295,8 @@ def _environment(document: Document) -> Iterator[str]:
 def _reproduce(document: Document) -> Iterator[str]:
     yield "This report was made by"
     yield _code(document["command"])
+    if not document["recipe"]:
+        return
     yield "and its recipe replays with"
     yield _code(replay(document["command"]))
 

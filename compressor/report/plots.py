@@ -1,25 +1,22 @@
-"""Pictures: what each artifact kept against how long it takes, and what cutting a layer hurts."""
+"""Pictures: which a report has, and those of what was kept and of what cutting a layer hurts."""
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from compressor.report import curves, damage, waterfall
+from compressor.report.drawing import BEST, INK, LONGEST, POINT, QUIET, dress, paper, png, title
 from compressor.report.table import Document, label, measured, metric_of, plain, primary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
 
-INK, QUIET, POINT, BEST = "#24292f", "#8c959f", "#4078c0", "#d1495b"
 LEGEND = "bars: 95 % intervals · line: the pareto front · up and left is better"
-LONGEST = 40
-"""Characters of a name that a picture has room for."""
-
 Place = tuple[int, int, str, str]
 PLACES: list[Place] = [
     (10, 6, "left", "bottom"),
@@ -61,11 +58,7 @@ def pareto(document: Document) -> bytes:
 
     Where nothing has an accuracy the outputs' SQNR stands for it. Up and left is better.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)  # no screen, and nothing global
+    figure = paper(8, 5)
     axes = figure.add_subplot()
     judged = any("skipped" not in artifact["accuracy"] for artifact in document["artifacts"])
     points = _lifted(list(_points(document, judged)))
@@ -73,12 +66,8 @@ def pareto(document: Document) -> bytes:
     where = plain(label(target)) if target else "any target"
     axes.set_xlabel(f"p50 latency, ms ({where})\n{LEGEND}", color=INK, parse_math=False)
     axes.set_ylabel(_quantity(document, judged), color=INK, parse_math=False)
-    title = plain(document["name"])[:LONGEST]
-    axes.set_title(title, loc="left", color=INK, weight="bold", parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(QUIET)
-    axes.tick_params(colors=INK)
-    axes.grid(color=QUIET, alpha=0.2)
+    title(axes, document["name"])
+    dress(axes)
     with warnings.catch_warnings():
         # A name may hold letters that the font lacks; boxes in a picture are no reason to fail.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -92,9 +81,27 @@ def pareto(document: Document) -> bytes:
                 0.5, 0.5, f"nothing measured on {where}",
                 ha="center", color=INK, transform=axes.transAxes, parse_math=False,
             )  # fmt: skip
-        file = io.BytesIO()
-        figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
+
+
+PICTURES: dict[str, tuple[Callable[[Document], object], Callable[[Document], bytes]]] = {
+    "pareto.png": (lambda _: True, pareto),
+    "waterfall.png": (waterfall.waterfall, waterfall.picture),
+    "worst.png": (damage.pictured, damage.picture),
+    "load.png": (curves.loads, curves.load),
+    "curves.png": (curves.histories, curves.learning),
+}
+"""Name of a picture: what it shows, nothing where it has nothing to show, and how it is drawn."""
+
+
+def shown(document: Document) -> list[str]:
+    """The names of the pictures that the document has something for; draws nothing."""
+    return [name for name, (holds, _) in PICTURES.items() if holds(document)]
+
+
+def pictures(document: Document) -> dict[str, bytes]:
+    """Those pictures as PNG, by file name."""
+    return {name: PICTURES[name][1](document) for name in shown(document)}
 
 
 ROWS = 40
@@ -109,41 +116,26 @@ def sensitivity(document: Document) -> bytes:
     ``document`` has the ``name`` of the model and ``sensitivity``: the ``metric`` (``None`` without
     data, then only the loss is drawn) and the ``curves``, the worst first.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = document["sensitivity"]
     curves, metric = found["curves"][:ROWS], found["metric"]
     what = "rise of the loss" if metric else "change of the output on made-up inputs"
     panels = [("loss", what)] + ([("metric", plain(metric))] if metric else [])
-    figure = Figure(
-        figsize=(8, 1.6 + 0.26 * len(curves)), dpi=150, layout="constrained", facecolor="white"
-    )
-    FigureCanvasAgg(figure)
+    figure = paper(8, 1.6 + 0.26 * len(curves))
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = [f"{plain(curve['layer'])[:LONGEST]} ({curve['kind']})" for curve in curves]
     for axes, (key, words) in zip(every, panels, strict=True):
         _rows(axes, curves, key)
         axes.set_xlabel(words, color=INK, parse_math=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["bottom", "left"]].set_color(QUIET)
-        axes.tick_params(colors=INK)
-        axes.grid(color=QUIET, alpha=0.2)
+        dress(axes)
     every[0].set_yticks(range(len(names)), names, parse_math=False)
     every[0].invert_yaxis()
-    every[0].set_title(
-        plain(document["name"])[:LONGEST], loc="left", color=INK, weight="bold", parse_math=False
-    )
+    title(every[0], document["name"])
     dots, shares = every[0].get_legend_handles_labels()
     labels = [f"{share} of its units zeroed" for share in shares]
     figure.legend(dots, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     if more := len(found["curves"]) - len(curves):
         figure.supxlabel(f"and {more} more that hurt less", fontsize=8, color=QUIET)
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return png(figure)
 
 
 def _rows(axes: Axes, curves: Sequence[Document], key: str) -> None:
@@ -232,6 +224,7 @@ def _draw(axes: Axes, points: Sequence[Point], *, up: bool) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     front = [(point.x, point.y) for point in _front(points, up=up)]
     axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=QUIET, lw=1.2, zorder=1)
     for point in points:

@@ -160,6 +160,26 @@ def metric_of(document: Document) -> str:
     return document["task"]["metric"] or "accuracy"
 
 
+def subject(document: Document) -> Mapping[str, Any] | None:
+    """The artifact that the page looks at closely: the recommended one.
+
+    Where that is the reference itself, or none is marked, it is the fastest other on the primary
+    target within the budget; where none is within it, the one that lost least. ``None`` where there
+    is no other.
+    """
+    others = document["artifacts"][1:]
+    found = measured(document, primary(document))
+
+    def short(artifact: Mapping[str, Any]) -> tuple[bool, float, float, int]:
+        lost, row = artifact["accuracy"].get("drop"), found.get(artifact["name"])
+        outside = artifact["within_budget"] is False
+        ms = row["latency_ms"]["p50"] if row else math.inf
+        return outside, lost["value"] if outside and lost else 0.0, ms, artifact["size_bytes"]
+
+    marked = (artifact for artifact in others if artifact["best"])
+    return next(marked, min(others, key=short, default=None))
+
+
 # Tables.
 
 
@@ -338,6 +358,12 @@ def footnotes(document: Document) -> list[str]:
     ]
 
 
+ONCE = (
+    "each ran in one process: the intervals of the speed-ups are widened by what another start may "
+    "change (--bench-time normal starts three)"
+)
+
+
 def _remarks(document: Document) -> Iterator[tuple[str, str, str]]:
     """(reason, what or where, artifact) of everything skipped, then of everything noisy."""
     never_made = set()
@@ -352,6 +378,9 @@ def _remarks(document: Document) -> Iterator[tuple[str, str, str]]:
     for row in document["measurements"]:
         if "skipped" in row and row["artifact"] not in never_made:
             yield f"not measured: {row['skipped']}", label(target_of(row)), row["artifact"]
+    for row in document["measurements"]:
+        if row.get("processes") == 1 and row["speedup"]:
+            yield ONCE, label(target_of(row)), row["artifact"]
     for row in document["measurements"]:
         for flag in row.get("noise", ()):
             yield f"noisy: {flag}", label(target_of(row)), row["artifact"]

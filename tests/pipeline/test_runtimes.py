@@ -18,7 +18,7 @@ from compressor.measure.protocol import DUEL, Observed
 from compressor.measurement import PLACES, Measurement, Target
 from compressor.pipeline import measuring, targets_of, verdict
 from compressor.pipeline.document import GPU
-from compressor.pipeline.measuring import Measured, race, rival
+from compressor.pipeline.measuring import Measured, leave, race, rival
 from compressor.report import problem
 from compressor.task import Input, Split, Splits, Task
 
@@ -35,8 +35,27 @@ TASK = Task("net", "classification", lambda: None, {}, (Input("x", (1,)),), "acc
 
 @pytest.mark.parametrize("name", PLACES)
 def test_every_name_is_a_target(name: str) -> None:
-    (target,) = targets_of(name, (1,), (2,))
+    *_, target = targets_of(["directml", name], (1,), (2,))
     assert (target.runtime, target.provider) == PLACES[name]
+
+
+@pytest.mark.parametrize("name", ["torch", "torch-compile", "torch-cuda"])
+def test_pytorch_is_compared_with_and_never_served_with(name: str) -> None:
+    with pytest.raises(InputError, match=f"--provider {name} first: .* such as cpu,{name}$"):
+        targets_of([name, "cpu"], (1,), (1,))
+    there = Target(*PLACES[name])
+    here = Target(provider=there.provider)
+    assert rival([row(here), row(there)], "int8", here) is None
+
+
+def test_more_time_brings_pytorch() -> None:
+    def runtimes(bench_time: str) -> set[str]:
+        found = targets_of(None, (1,), (1,), bench_time)
+        return {one.runtime for one in found if one.runtime.startswith("torch")}
+
+    assert runtimes("quick") == set()
+    assert runtimes("normal") == {"torch"}
+    assert runtimes("full") == {"torch", "torch-compile"}
 
 
 def test_threads_are_the_cpus() -> None:
@@ -115,7 +134,7 @@ def raced(
     targets = {"validate": LABELS, "test": LABELS}
     measured = Measured([], None, targets, outputs=outputs)  # type: ignore[arg-type]
     monkeypatch.setattr(protocol, "duel", lambda *given, **more: seen)
-    return race(TASK, artifact, HERE, THERE, measured, 0.0, 0.01), measured
+    return race(TASK, artifact, HERE, THERE, measured, "quick", 0.01), measured
 
 
 @pytest.mark.parametrize(
@@ -179,6 +198,70 @@ def test_a_race_that_one_did_not_finish_says_nothing(
     seen = observed(2.0, 1.0)
     seen.measurements[1] = Measurement(DUEL, THERE, "latency_ms", "ms", skipped="crashed")
     assert raced(tmp_path, monkeypatch, seen, validate=0, test=0)[0] is None
+
+
+# --- what leaving PyTorch brings ---
+
+TORCH_HERE = Target("torch")
+
+
+def left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seen: Observed, *rows: Any) -> Any:
+    both = []
+    for name in ("baseline", "int8"):
+        (tmp_path / f"{name}.onnx").write_bytes(b"no duel reads it")
+        both.append(Artifact.of(tmp_path / f"{name}.onnx", "onnx"))
+    measured = Measured([], None, {}, rows=list(rows))
+    asked: list[Any] = []
+
+    def duel(entrants: Any, *given: Any, **more: Any) -> Observed:
+        asked.extend((name, target) for name, _, target in entrants)
+        return seen
+
+    monkeypatch.setattr(protocol, "duel", duel)
+    return leave(TASK, *both, [HERE, TORCH_HERE], measured, "quick"), asked
+
+
+def timed(**ms: float) -> Observed:
+    targets = {"baseline": HERE, "int8": HERE, "torch": TORCH_HERE}
+    return Observed(
+        [
+            Measurement(
+                "baseline" if name == "torch" else name,
+                targets[name],
+                "latency_ms",
+                "ms",
+                ((value,),) * 8,
+            )
+            for name, value in ms.items()
+        ],
+        (8,),
+    )
+
+
+def test_leaving_pytorch_is_a_ratio_for_the_baseline_and_the_best(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = {**row(TORCH_HERE), "artifact": "baseline"}
+    ((found,), asked) = left(monkeypatch, tmp_path, timed(baseline=2, int8=1, torch=4), ran)
+    assert asked == [("baseline", HERE), ("int8", HERE), ("baseline", TORCH_HERE)]
+    assert (found["runtime"], found["artifact"], found["p50"]) == ("torch", "int8", 4)
+    assert found["baseline"]["value"] == pytest.approx(2)
+    assert found["best"]["value"] == pytest.approx(4)
+    assert found["best"]["verdict"] == "faster"
+    said = verdict.left(found)
+    assert said.startswith("Against the model in PyTorch eager, the baseline runs at 2.00x [")
+    assert "and int8 at 4.00x [" in said
+
+
+def test_where_pytorch_did_not_run_nothing_is_said_of_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = timed(baseline=2, int8=1, torch=4)
+    assert left(monkeypatch, tmp_path, seen) == ([], [])
+    skipped = {**row(TORCH_HERE, skipped="cannot be built"), "artifact": "baseline"}
+    assert left(monkeypatch, tmp_path, seen, skipped) == ([], [])
+    ran = {**row(TORCH_HERE), "artifact": "baseline"}
+    assert left(monkeypatch, tmp_path, timed(baseline=2, int8=1), ran)[0] == []
 
 
 # --- the run ---

@@ -1,0 +1,231 @@
+"""The bench: files as they are, side by side; the first is what the others are compared with."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact import Artifact, digest
+from compressor.errors import InputError, StageError
+from compressor.loading import onnxfile
+from compressor.loading.onnxfile import OnnxFile
+from compressor.measure import counting
+from compressor.measure.environment import absent
+from compressor.measure.protocol import SECONDS
+from compressor.measurement import Target
+from compressor.pipeline import MAX_DROP, Progress, data_digest, silent, targets_of, verdict
+from compressor.pipeline.document import SAMPLES, about, described, hurt, machine, write_samples
+from compressor.pipeline.entries import Entry, facts, first, judge, make, read
+from compressor.pipeline.folder import Folder, key_of
+from compressor.pipeline.measuring import Measured, measure
+from compressor.pipeline.verdict import Choice, Outputs, Row
+from compressor.report import Report
+from compressor.report.table import target_of
+from compressor.task import Kind, Task
+
+OUT = Path("reports") / "bench"
+
+NO_DATA = "no data: no accuracy was measured; fidelity is on made-up inputs (add --data SPEC)"
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    data: Any = None,
+    arch: Any = None,
+    metric: str | None = None,
+    kind: Kind | None = None,
+    inputs: Sequence[str] = (),
+    provider: str | Sequence[str] | None = None,
+    batch: Sequence[int] = (1,),
+    threads: Sequence[int] | None = None,
+    bench_time: str = "quick",
+    out: str | Path | None = None,
+    fresh: bool = False,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress = silent,
+) -> Report:
+    """Measures ``models`` side by side and gives the report; the first is the reference.
+
+    Each is an ONNX file, copied into the report's folder with its external data and otherwise taken
+    as it is, or a torch model as in :func:`compressor.run`, exported first. Names are the files'
+    stems (:func:`~compressor.pipeline.entries.named`). Accuracy is measured with ``data``, by
+    default what the first file names; without it fidelity to that file's outputs, on made-up
+    inputs. ``inputs`` are those of ``--input``, ``NAME=SHAPE[:DTYPE[<HIGH]]``, for axes that a file
+    leaves open. A file that cannot be read or fed becomes rows with the reason, and so does one
+    that fails while it is measured; ``document["failed"]`` lists those that ran nowhere.
+
+    Raises :class:`InputError` before any work when an argument is wrong or no file can be read and
+    fed, :class:`StageError` when none of the models can be exported.
+    """
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give 0 or more")
+    if bench_time not in SECONDS:
+        raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+    targets = targets_of(provider, batch, threads)
+    entries, given = read(models, data, arch, metric, kind, onnxfile.asked(inputs), batch, seed)
+    fingerprint = key_of(
+        bench=[[entry.name, facts(entry)] for entry in entries],
+        data=data_digest(given.splits if given else None),
+        fed=[asdict(one) for one in first(entries).inputs],
+        targets=[target.to_json() for target in targets],
+        bench_time=bench_time,
+        metric=metric,
+        kind=kind,
+        seed=seed,
+    )
+    folder, stored = Folder.open(Path(out or OUT), fingerprint, command, fresh=fresh)
+    if stored is not None:
+        return replace(stored, stored=True)
+    done, total = 0, len(entries) + len(targets) + 1
+
+    def say(text: str) -> None:
+        nonlocal done
+        progress(done, total, text)
+        done += 1
+
+    made, skipped, stages = make(entries, folder.artifacts, say)
+    if not made:
+        raise StageError(next(iter(skipped.values())))
+    task = judge(entries, made, given, metric, kind, targets[0].batch, seed)
+    measured = measure(
+        task,
+        list(made.values()),
+        skipped,
+        targets,
+        bench_time,
+        say,
+        lambda text: progress(done - 1, total, text),
+        reference=entries[0].name,
+        arch=arch if isinstance(arch, str) else None,
+    )
+    say("report")
+    write_samples(folder.path / SAMPLES, measured.raw)
+    report = Report(
+        {
+            "schema": 1,
+            "name": task.name,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command or f"compressor.bench({task.name}, ...)",
+            "fingerprint": fingerprint,
+            "model": {"path": entries[0].path.name, "sha256": digest(entries[0].path)},
+            **_document(task, entries, made, measured, targets, folder.path),
+            "stages": stages + measured.stages,
+        },
+        folder.path,
+    )
+    report.save()
+    return report
+
+
+# What is said of it.
+
+
+def _document(
+    task: Task,
+    entries: Sequence[Entry],
+    made: Mapping[str, Artifact],
+    measured: Measured,
+    targets: Sequence[Target],
+    folder: Path,
+) -> Row:
+    outputs: Outputs = next(iter(measured.outputs.values()), {})
+    reference, names = entries[0].name, list(made)
+    fields, validated = (
+        {
+            name: verdict.judged(task, measured.targets, outputs, name, split, reference)
+            for name in names
+        }
+        for split in ("test", "validate")
+    )
+    primary = {row["artifact"]: row for row in measured.rows if row["primary"]}
+    choice = _choice(
+        task,
+        reference,
+        primary,
+        {name: accuracy for name, (accuracy, _) in validated.items()},
+        {name: accuracy for name, (accuracy, _) in fields.items()},
+    )
+    best = choice.best if choice.best in made else names[0]
+    within = [name for name in names if verdict.within(validated[name][0], MAX_DROP)]
+    allowed = (within or [reference]) if task.splits else names
+    reached = [row for row in measured.rows if absent(target_of(row), measured.providers) is None]
+    ran = {row["artifact"] for row in reached if "skipped" not in row}
+    models = {entry.name: entry.read for entry in entries}
+    return {
+        "environment": machine(measured, targets[0]),
+        "recipe": [],
+        "task": about(task),
+        "artifacts": [
+            {
+                **described(made[name], folder, accuracy, MAX_DROP),
+                "params": onnxfile.read(made[name].path).params,
+                "macs": _macs(models[name]),
+                "best": name == best,
+                "fidelity": fidelity,
+                **hurt(task, measured, outputs, name, reference),
+            }
+            for name, (accuracy, fidelity) in fields.items()
+        ],
+        "measurements": measured.rows,
+        "best_per_target": [
+            {**target.to_json(), "artifact": found}
+            for target in targets
+            if (found := verdict.best_on(measured.rows, target, allowed))
+        ],
+        "primary": targets[0].to_json(),
+        "max_drop": MAX_DROP if task.splits else None,
+        "budget_held": choice.held,
+        "best": best,
+        "recommendation": choice.sentence,
+        "warnings": [] if task.splits else [NO_DATA],
+        "samples": SAMPLES,
+        "failed": [entry.name for entry in entries if reached and entry.name not in ran],
+        "missed": [],
+        "finished": True,
+    }
+
+
+def _macs(read: OnnxFile | Task | None) -> int | None:
+    """Of one example; nothing counts those of a graph."""
+    return counting.macs(read.model(), read.examples(1)) if isinstance(read, Task) else None
+
+
+def _choice(
+    task: Task,
+    reference: str,
+    primary: Mapping[str, Row],
+    validated: Mapping[str, Row],
+    tested: Mapping[str, Row],
+) -> Choice:
+    """The fastest within the budget where there is data; without, nothing is judged."""
+    measured = {name: row for name, row in primary.items() if "skipped" not in row}
+    target = target_of(primary[reference])
+    if reference not in measured:
+        why = primary[reference]["skipped"]
+        return Choice(
+            reference,
+            f"Nothing was compared: {reference} was not measured on {target}: {why}.",
+            False,
+        )
+    if task.splits and len(validated) > 1:
+        rows = list(primary.values())
+        return verdict.choose(
+            task, list(validated), rows, validated, tested, MAX_DROP, reference=reference
+        )
+    faster = [name for name, row in measured.items() if row["speedup"]["verdict"] == "faster"]
+    best = min(faster, key=lambda name: measured[name]["latency_ms"]["p50"], default=reference)
+    if faster:
+        ratio = measured[best]["speedup"]
+        said = f"{best} is the fastest on {target}, {ratio['value']:.2f}x "
+        said += f"[{ratio['low']:.2f}, {ratio['high']:.2f}] faster than {reference}"
+    elif len(measured) > 1:
+        said = f"None is faster than {reference} on {target} beyond noise"
+    else:
+        said = f"Only {reference} was measured on {target}"
+    judged = "" if task.splits else "; nothing was judged: there is no data (add --data SPEC)"
+    return Choice(reference, f"{said}{judged}.", True)
