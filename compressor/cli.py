@@ -201,6 +201,13 @@ def compare(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="time both again, by turns: only that judges time")
     ] = False,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="NAME=SHAPE[:DTYPE[<HIGH]] for --remeasure, as for bench (default: as before)",
+        ),
+    ] = None,
     bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
     seed: Annotated[int, typer.Option(help="of inputs and sampling")] = 0,
     markdown: Annotated[bool, typer.Option("--markdown", help="the table for a page")] = False,
@@ -209,23 +216,28 @@ def compare(
 ) -> None:
     """The gate: fail where NEW is worse than OLD by more than the limits."""
     with guarded(debug):
+        from compressor.measure.protocol import PROCESSES, SECONDS
         from compressor.report import gate
 
         allowed = gate.limits(fail_on, remeasure=remeasure)
+        if seed < 0:
+            raise InputError(f"--seed {seed}: give 0 or more")
+        if bench_time not in SECONDS:
+            raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+        if inputs and not remeasure:
+            raise InputError(f"--input {inputs[0]!r}: nothing is fed without --remeasure: add it")
         before, after = gate.read(old), gate.read(new)
         # Refuses what cannot be compared before anything is timed.
         found = gate.compare(before.document, after.document, allowed)
         if remeasure:
-            from compressor.measure.protocol import PROCESSES, SECONDS
             from compressor.pipeline.remeasure import remeasure as again
 
-            if bench_time not in SECONDS:
-                raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
             with progress() as shown:
                 timed = again(
                     before,
                     after,
                     allowed["latency"].value,
+                    inputs=inputs or (),
                     seconds=SECONDS[bench_time],
                     seed=seed,
                     processes=PROCESSES[bench_time],
@@ -322,12 +334,17 @@ def report(
 ) -> None:
     """Render a report again from report.json, or put several runs into one comparison."""
     with guarded(debug):
-        from compressor.report import Report
+        from compressor.report import FILE, Report
 
         found = [Report.read(folder) for folder in folders]
         if len(found) == 1:
             if out is not None:
                 raise InputError(f"--out {out}: a comparison needs several reports: name another")
+            if not folders[0].is_dir() and folders[0].name != FILE:
+                raise InputError(
+                    f"{folders[0]} would be rendered over the {FILE} and the pictures beside it: "
+                    f"copy it into a folder of its own, as {FILE}"
+                )
             found[0].save()
             print(found[0])
             return

@@ -29,6 +29,9 @@ PLACES = {
 TORCH = ("torch", "torch-compile")
 """Runtimes that open the torch file which an ONNX file was exported from."""
 
+GPUS = ("cuda", "tensorrt")
+"""Providers that compute on a GPU with memory and counters of its own."""
+
 SETTINGS: dict[str, str] = {"session.intra_op.allow_spinning": "0"}
 """Session settings used for every row. Spinning is off: idle workers must not take a core."""
 

@@ -223,6 +223,7 @@ def _tried(bench: Bench) -> None:
     import numpy as np
 
     from compressor.measure.process import Worker, WorkerFailed
+    from compressor.measure.turns import request
 
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         paths = [str(Path(folder) / f"{at}.npy") for at in range(len(bench.feed))]
@@ -230,14 +231,9 @@ def _tried(bench: Bench) -> None:
             np.save(path, array)
         for artifact in bench.artifacts:
             try:
+                asked = request(artifact, bench.target, paths)
                 with Worker() as worker:
-                    worker.ask(
-                        "load",
-                        path=str(artifact.path.resolve()),
-                        provider=bench.target.provider,
-                        threads=bench.target.threads,
-                        runtime=bench.target.runtime,
-                    )
+                    worker.ask("load", **asked)
                     worker.ask("take", inputs=paths, batch=bench.target.batch)
                     worker.ask("time", calls=1)
             except WorkerFailed as error:

@@ -27,10 +27,12 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="look
 FEED = (np.array([[1.0, 4.0], [-1.0, 2.0]], dtype=np.float32),)
 
 
-def onnx_model(path: Path, operator: str, inputs: tuple[str, ...] = ("x",)) -> Path:
+def onnx_model(
+    path: Path, operator: str, inputs: tuple[str, ...] = ("x",), batch: str | int = "n"
+) -> Path:
     """``y = operator(inputs)`` over float32 of shape (n, 2)."""
-    of = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 2]) for name in inputs]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])
+    of = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, 2]) for name in inputs]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 2])
     graph = helper.make_graph([helper.make_node(operator, list(inputs), ["y"])], "tiny", of, [y])
     opset = [helper.make_opsetid("", 17)]
     save_model(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
@@ -219,6 +221,19 @@ def test_examples_are_predicted_in_the_batches_that_are_timed(tmp_path: Path) ->
     holder.take(inputs, batch=3)
     holder.predict(inputs, 0, 8, str(tmp_path / "out.npy"))
     assert Session.seen == [3, 3, 2]
+
+
+def test_a_file_of_whole_batches_gets_them_and_answers_for_the_examples(tmp_path: Path) -> None:
+    from compressor.measure.worker import Holder
+
+    path = onnx_model(tmp_path / "relu.onnx", "Relu", batch=3)
+    holder = Holder()
+    holder.load(str(path), "cpu", 1)
+    x = np.arange(16, dtype=np.float32).reshape(8, 2)
+    inputs = stored(tmp_path, x)
+    holder.take(inputs, batch=3)
+    assert holder.predict(inputs, 0, 8, str(tmp_path / "out.npy")) == {"n": 8}
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), x)
 
 
 # --- what it holds ---

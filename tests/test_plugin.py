@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, save_model
 
 import compressor.pipeline  # noqa: F401  # a pytest inside this one would load torch again
+from compressor import plugin
+from compressor.artifact import Artifact
+from compressor.measure import protocol
+from compressor.measure.process import Worker, WorkerFailed
+from compressor.measurement import Target
 from compressor.plugin import Recorded
 from compressor.report import Report, problem
 from compressor.report.gate import read
@@ -184,6 +190,32 @@ def test_disabled_benchmarks_run_once_and_measure_nothing(
     done.assert_outcomes(passed=1)
     done.stdout.no_fnmatch_line("*side by side*")
     assert not (folder / "out.json").exists() or stored(folder / "out.json") == []
+
+
+def test_a_file_is_tried_as_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session is the same one: what its maker switched off stays off."""
+    write_model(tmp_path / "one.onnx")
+    step = {"stage": "quantize", "settings": {}, "facts": {"disabled": ["MatMulAddFusion"]}}
+    made = replace(Artifact.of(tmp_path / "one.onnx", "onnx"), steps=(step,))
+    asked, ask = [], Worker.ask
+
+    def heard(worker: Worker, do: str, **request: Any) -> dict[str, Any]:
+        if do == "load":
+            asked.append(request)
+        return ask(worker, do, **request)
+
+    monkeypatch.setattr(Worker, "ask", heard)
+    monkeypatch.setitem(protocol.SECONDS, "quick", 0.01)
+    bench = plugin._bench("pair", [made], None, None, 0)
+    plugin._tried(bench)
+    plugin._measured(bench, "quick")
+    assert len(asked) == 3  # tried, measured, and the second worker of the reference
+    assert asked[0] == asked[1]
+    assert (asked[0]["disabled"], asked[0]["inputs"]) == (["MatMulAddFusion"], 1)
+
+    eager = bench._replace(target=Target("torch"))
+    with pytest.raises(WorkerFailed, match="one has no PyTorch form: it was made from ONNX"):
+        plugin._tried(eager)
 
 
 # --- what fails ---

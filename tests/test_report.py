@@ -17,13 +17,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from typer.testing import CliRunner
 
+from compressor.cli import app
 from compressor.errors import InputError
+from compressor.measure.statistics import speedup, verdict
 from compressor.measurement import Target
 from compressor.report import FILE, Report, problem, schema
+from compressor.report import table as tables
 from compressor.report.markdown import markdown
 from compressor.report.plots import pictures, shown
-from compressor.report.table import count, escaped, figures, footnotes, plain, score, size
+from compressor.report.table import (
+    ONCE,
+    count,
+    escaped,
+    figures,
+    footnotes,
+    plain,
+    score,
+    size,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NO_CUDA = "onnxruntime here has no CUDAExecutionProvider"
@@ -563,6 +576,39 @@ def test_footnotes_group_by_reason() -> None:
     ]
 
 
+def test_one_start_says_what_it_cannot_say() -> None:
+    changed = document()
+    changed["measurements"][0] |= {"processes": 1}
+    assert f"cpu, batch 1, 1 thread: {ONCE} (baseline)" in footnotes(changed)
+    assert "too far to call any two the same (--bench-time normal starts three)" in ONCE
+    for starts, said in ((1, "inconclusive"), (3, "same")):
+        blocks = [[1.0]] * 8 * starts
+        found = speedup(blocks, blocks, processes=[8] * starts)
+        assert verdict(found["low"], found["high"]) == said
+
+
+def test_where_nothing_is_recommended_the_fastest_is_shown() -> None:
+    """Beside the reference, as what is recommended is; and a file alone by itself."""
+    changed = document()
+    for artifact in changed["artifacts"]:
+        artifact |= {"best": False, "within_budget": None}
+    assert tables.operators(changed, ONE) == tables.operators(document(), ONE)
+    assert tables.nodes(changed, ONE) == tables.nodes(document(), ONE)
+    assert tables.placement(changed, ONE) == tables.placement(document(), ONE)
+    assert tables.placement(changed, ONE).startswith("placement of int8-static: ")
+    changed["artifacts"] = changed["artifacts"][:1]
+    assert tables.placement(changed, ONE).startswith("placement of baseline: ")
+    assert tables.operators(changed, ONE).splitlines()[0].count("nodes") == 1
+
+
+def test_the_reference_is_compared_with_another_even_where_it_stays() -> None:
+    changed = document()
+    for artifact in changed["artifacts"]:
+        artifact["best"] = artifact["name"] == "baseline"
+    assert tables.operators(changed, ONE) == tables.operators(document(), ONE)
+    assert tables.placement(changed, ONE).startswith("placement of baseline: ")
+
+
 def test_one_target_or_all() -> None:
     report = Report(document(), Path("run"))
     assert "0.0702 (3.57x faster)" in report.table()
@@ -717,7 +763,7 @@ def test_the_page_tells_how() -> None:
         "# cnn\n\nUse int8-static",
         "![Accuracy against latency](pareto.png)",
         "## What each stage gave and cost\n\nA change of p50 by less than the noise floor, 1.3%",
-        "\n\n![What each stage gave and cost](waterfall.png)\n\n"
+        "\n\n![Accuracy, latency and size after each stage](waterfall.png)\n\n"
         "## Where it hurts\n\n1 of 10 classes lost beyond noise",
         "### recovered\n\n- prune → distill → export → recovered.onnx (SHA-256 272727272727…)\n"
         "- **distill** epochs = 2, loss = kd\n  - best epoch: 2",
@@ -793,6 +839,23 @@ def test_save_and_read(tmp_path: Path) -> None:
     assert (folder / "report.md").read_text(encoding="utf-8") == again.markdown()
     again.save()
     assert Report.read(folder) == again
+
+
+def test_rendering_again_leaves_what_has_another_name_alone(tmp_path: Path) -> None:
+    Report(document(), tmp_path).save()
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(document(name="old")))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused = CliRunner().invoke(app, ["report", str(old)])
+    assert refused.exit_code == 2
+    assert "old.json would be rendered over the report.json" in refused.stderr
+    several = CliRunner().invoke(app, ["report", str(old), str(tmp_path / FILE)])
+    assert several.exit_code == 0, several.output
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "report.md").unlink()
+    again = CliRunner().invoke(app, ["report", str(tmp_path / FILE)])
+    assert again.exit_code == 0, again.output
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @given(words)

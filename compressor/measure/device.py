@@ -29,10 +29,10 @@ Energy = Mapping[str, Counter]
 
 
 class Times(NamedTuple):
-    """Jiffies of all cores since boot: those that other guests took, and all."""
+    """Jiffies of all cores since boot: those that other guests took, and all that were wanted."""
 
     steal: int
-    total: int
+    wanted: int
 
 
 def energy(gpu: bool = False, root: Path = POWERCAP) -> Energy | None:
@@ -118,14 +118,17 @@ def stolen(path: Path = STAT) -> Times | None:
         jiffies = [int(count) for count in counts[:8]]
     except (OSError, ValueError):
         return None
-    return Times(jiffies[7], sum(jiffies)) if name == "cpu" and len(jiffies) == 8 else None
+    if name != "cpu" or len(jiffies) < 8:
+        return None
+    return Times(jiffies[7], sum(jiffies) - jiffies[3] - jiffies[4])
 
 
 def share(before: Times | None, after: Times | None) -> float | None:
-    """The part of the CPU's time, 0 to 1, that went to other guests between two readings."""
-    if before is None or after is None or after.total <= before.total:
+    """The part of the CPU's time that was wanted, 0 to 1, which went to other guests between two
+    readings."""
+    if before is None or after is None or after.wanted <= before.wanted:
         return None
-    return min(1.0, max(0.0, (after.steal - before.steal) / (after.total - before.total)))
+    return min(1.0, max(0.0, (after.steal - before.steal) / (after.wanted - before.wanted)))
 
 
 def switches() -> int:

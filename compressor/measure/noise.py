@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from compressor.measure.environment import cores
 from compressor.measure.statistics import ENOUGH, Blocks
 
 Conditions = Mapping[str, float | str | None]
@@ -43,6 +44,10 @@ SIGNS: dict[str, Sign] = {
     "steal": Sign(
         lambda share: share > 0.02,
         "steal: other guests took over 2% of the CPU's time; use a dedicated machine",
+    ),
+    "load": Sign(
+        lambda count: count > cores() + 0.5,
+        "load: more processes than cores wanted the CPU in the minute before; close other programs",
     ),
 }
 """By the field of ``conditions`` in ``report.json``."""

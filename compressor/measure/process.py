@@ -26,14 +26,18 @@ class Worker:
     def __init__(self, timeout: float = 300.0) -> None:
         self.timeout = timeout
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
-        self._process = subprocess.Popen(
-            # -P: a json.py where the user stands must not stand in for Python's.
-            [sys.executable, "-P", "-m", "compressor.measure.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which then closes us
-        )
+        try:
+            self._process = subprocess.Popen(
+                # -P: a json.py where the user stands must not stand in for Python's.
+                [sys.executable, "-P", "-m", "compressor.measure.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which then closes us
+            )
+        except OSError as error:
+            self._errors.close()
+            raise WorkerFailed(f"no worker could be started: {error.strerror}") from None
 
     @property
     def pid(self) -> int:
@@ -47,6 +51,8 @@ class Worker:
         answer in time it is closed, and there is nobody left to ask.
         """
         assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            raise WorkerFailed("the worker was ended before")
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
             self._process.stdin.flush()
@@ -90,7 +96,11 @@ class Worker:
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
         if self._process.poll() is None:
-            self._process.kill()
+            try:
+                # With its children: a compiler would go on beside whoever is timed next.
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except (AttributeError, OSError):  # not POSIX, or gone meanwhile
+                self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:

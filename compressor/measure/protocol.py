@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from compressor.artifact import Artifact
+from compressor.errors import one_line
 from compressor.measure.placement import placement
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.statistics import Blocks, summary
@@ -68,7 +69,11 @@ class Observed:
     placements: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     """Artifact name -> which node ran where, for those whose runtime says so."""
     loads: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Artifact name -> its load curve, where one was asked for."""
+    """Artifact name -> its load curve, where one was asked for and there was time for it."""
+    delays: list[Measurement] = field(default_factory=list)
+    """The raw values of the load curves."""
+    uncontrolled: str | None = None
+    """Why there is no control, where there should be."""
     stolen: float | None = None
     """The largest share of the CPU's time that went to other guests in a start of the workers."""
 
@@ -113,8 +118,10 @@ def observe(
             shown = [run for run in runs if run.artifact != CONTROL]
             for run in shown if load else ():
                 progress(f"load curve of {run.artifact}")
-                with suppress(WorkerFailed):  # every other quantity is known by now
-                    observed.loads[run.artifact] = _burden(run, seconds, seed)
+                try:
+                    _burden(run, seconds, seed, observed)
+                except WorkerFailed as error:
+                    observed.failed[run.artifact] = str(error)
             for split, inputs in (predict or {}).items():
                 paths = _stored(folder, split, inputs)
                 for run in shown:
@@ -168,20 +175,29 @@ def _seen(turns: Turns, observed: Observed) -> Observed:
     observed.processes = tuple(turns.processes)
     observed.stolen = max(turns.stolen, default=None)
     observed.failed |= {name: why for (name, _), why in turns.failed.items() if name != CONTROL}
+    why = {name: why for (name, _), why in turns.failed.items()}
+    observed.uncontrolled = why.get(CONTROL)
     return observed
 
 
-def _burden(run: Timed, seconds: float, seed: int) -> list[dict[str, Any]]:
+def _burden(run: Timed, seconds: float, seed: int, observed: Observed) -> None:
     """The load curve: milliseconds from arrival to answer, where batches arrive at random times
     (a Poisson process, as in the server scenario of MLPerf Inference, Reddi et al. 2020) at shares
-    of the rate that a closed loop serves. ``seconds`` are those of the whole curve."""
+    of the rate that a closed loop serves. ``seconds`` are those of the whole curve; a model for
+    which they are too few has none."""
     served = float(np.median([one for block in run.collected["throughput_per_s"] for one in block]))
     points = []
     for share in OFFERED:
         rate = share * served / run.target.batch
-        count = max(ROUNDS, min(CALLS, round(rate * seconds / len(OFFERED))))
+        count = min(CALLS, round(rate * seconds / len(OFFERED)))
+        if count < ROUNDS:
+            return
         answer = run.worker.ask("offer", rate=rate, count=count, seed=seed)
-        found = summary([[ns / 1e6 for ns in answer["ns"]]])
+        delays = tuple(ns / 1e6 for ns in answer["ns"])
+        found = summary([delays])
+        observed.delays.append(
+            Measurement(run.artifact, run.target, f"delay_ms at {share:.0%}", "ms", (delays,))
+        )
         points.append(
             {
                 "offered_per_s": share * served,
@@ -189,7 +205,7 @@ def _burden(run: Timed, seconds: float, seed: int) -> list[dict[str, Any]]:
                 **{name: found[name] for name in ("p50", "p90", "p99", "n")},
             }
         )
-    return points
+    observed.loads[run.artifact] = points
 
 
 def _predict(
@@ -203,10 +219,11 @@ def _predict(
         for start in range(0, count, size):
             run.worker.ask("predict", inputs=inputs, start=start, stop=start + size, out=str(out))
             parts.append(np.load(out))
-    except WorkerFailed as error:
-        observed.failed[run.artifact] = str(error)
+        outputs = np.concatenate(parts)
+    except (WorkerFailed, ValueError) as error:  # sizes that differ cannot be put together
+        observed.failed[run.artifact] = one_line(error)
     else:
-        observed.outputs.setdefault(run.artifact, {})[split] = np.concatenate(parts)
+        observed.outputs.setdefault(run.artifact, {})[split] = outputs
 
 
 def _stored(folder: Path, name: str, inputs: Inputs) -> list[str]:

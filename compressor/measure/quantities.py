@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from compressor.measure.statistics import Blocks, summary
 from compressor.measure.timed import Timed
+from compressor.measurement import GPUS
 
 
 class Quantity(NamedTuple):
@@ -39,10 +40,10 @@ def processor(run: Timed) -> Blocks:
 
 
 def energy(run: Timed) -> Blocks | str:
-    """Millijoules of one call, by the counters of the whole machine: a mean for each block."""
-    if any(block["energy_mj"] is None for block in run.blocks):
-        return "no counter of energy (RAPL or NVML) can be read here"
-    return [[block["energy_mj"] / len(block["ns"])] for block in run.blocks]
+    """Millijoules of one call: what all of the CPU's packages, or the GPU, drew in a stretch of
+    calls without a pause. Their counters are too slow for a block."""
+    found = run.worker.ask("draw", ms=STRETCH)["energy_mj"]
+    return "no counter of energy (RAPL or NVML) can be read here" if found is None else [[found]]
 
 
 def interruptions(run: Timed) -> Blocks:
@@ -78,24 +79,24 @@ def running(run: Timed) -> Blocks | str:
 
 
 def video(run: Timed) -> Blocks | str:
-    """Bytes of device memory that the process holds, as NVML counts them."""
-    if run.target.provider not in DEVICES:
-        return "runs on the CPU"
-    found = run.worker.ask("vram")["vram_bytes"]
+    """Bytes of device memory that the process holds once it is warm, as NVML counts them."""
+    if run.target.provider not in GPUS:
+        return "not on a GPU of NVIDIA"
+    found = run.vram
     return "NVML says nothing of this process" if found is None else [[float(found)]]
 
 
 def device(run: Timed) -> Blocks | str:
     """Milliseconds of each call with inputs and outputs bound to the device and synchronised: no
     copies between host and device."""
-    if run.target.runtime != "onnxruntime" or run.target.provider not in DEVICES:
-        return "runs on the CPU"
+    if run.target.runtime != "onnxruntime" or run.target.provider not in GPUS:
+        return "not onnxruntime on a GPU of NVIDIA"
     answers = [run.worker.ask("bound", calls=run.calls) for _ in range(BOUND)]
     return [[ns / 1e6 for ns in answer["ns"]] for answer in answers]
 
 
-DEVICES = ("cuda", "tensorrt")
-"""Providers of a GPU with memory of its own."""
+STRETCH = 1500.0
+"""Milliseconds of calls for energy: NVML's counter moves a few times a second."""
 
 BOUND = 16
 """Blocks that are timed device-bound."""

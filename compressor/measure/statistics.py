@@ -19,8 +19,8 @@ percentile with 99 % confidence (``p**n + n * (1 - p) * p**(n - 1) <= 0.01``).""
 LEAST_EFFECT = 0.02
 """A speed-up smaller than this is called the same, on however quiet a machine."""
 
-SAME = 0.1
-"""Nothing further apart than this is called the same."""
+SAME = 0.05
+"""What lies within this with its whole interval is called the same, however noisy the machine."""
 
 RESAMPLES = 1000
 
@@ -126,9 +126,9 @@ def _log_ratios(reference: Blocks, blocks: Blocks, start: int, end: int) -> NDAr
     )
 
 
-def reach(reference: Blocks, blocks: Blocks, start: int = 0, end: int | None = None) -> float:
-    """Standard error of the mean log ratio over these rounds; infinite for fewer than two."""
-    return _error(_log_ratios(reference, blocks, start, len(blocks) if end is None else end))
+def reach(reference: Blocks, blocks: Blocks) -> float:
+    """Standard error of the mean log ratio over the rounds; infinite for fewer than two."""
+    return _error(_log_ratios(reference, blocks, 0, len(blocks)))
 
 
 def _error(logs: NDArray[np.float64]) -> float:
@@ -170,12 +170,11 @@ def _interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
 def verdict(low: float, high: float, floor: float = 0.0) -> str:
     """``faster``, ``same``, ``slower`` or ``inconclusive`` for a speed-up's interval.
 
-    The effect must exceed both :data:`LEAST_EFFECT` and the machine's noise ``floor`` (as a ratio
+    An effect must exceed both :data:`LEAST_EFFECT` and the machine's noise ``floor`` (as a ratio
     minus 1). An interval that touches 1 is never faster or slower; one that reaches beyond
-    :data:`SAME` is not the same, however noisy the machine.
+    :data:`SAME` is not the same.
     """
-    band = 1 + max(LEAST_EFFECT, floor)
-    near = min(band, 1 + SAME)
+    band, near = 1 + max(LEAST_EFFECT, floor), 1 + SAME
     if low > band:
         return "faster"
     if high < 1 / band:

@@ -28,6 +28,8 @@ class Timed:
     first_ms: float
     calls: int = 1
     warmup: int = 0
+    vram: int | None = None
+    """Bytes of the GPU's memory, read before the next worker starts."""
     blocks: list[dict[str, Any]] = field(default_factory=list)
     medians: list[tuple[float]] = field(default_factory=list)
     """Of each block, in nanoseconds."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from compressor.artifact import Artifact
 from compressor.measure import device
@@ -20,7 +21,7 @@ from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.quantities import QUANTITIES
 from compressor.measure.statistics import ENOUGH, reach
 from compressor.measure.timed import Timed
-from compressor.measurement import TORCH, Measurement, Target
+from compressor.measurement import GPUS, TORCH, Measurement, Target
 
 CALLS = 200_000
 """Calls of each artifact after which more would say nothing new and only fill memory."""
@@ -37,7 +38,7 @@ ROUNDS = 8
 warm-up: fewer give no interval."""
 
 CONTROL = "baseline (again)"
-"""The reference's second worker. A start of the workers goes without it where it fails."""
+"""The reference's second worker. Where it fails in one start, no other has one."""
 
 Progress = Callable[[str], None]
 Key = tuple[str, Target]
@@ -126,25 +127,18 @@ class Turns:
 
     def _opened(self, entrant: Entrant, stack: ExitStack) -> Timed:
         name, artifact, target = entrant
-        path = _file(artifact, target)
+        asked = request(artifact, target, self.feeds, self.arch)
         worker = stack.enter_context(self.start())
-        loaded = worker.ask(
-            "load",
-            path=str(path),
-            provider=target.provider,
-            threads=target.threads,
-            disabled=disabled(artifact),
-            runtime=target.runtime,
-            arch=self.arch,
-            inputs=len(self.feeds),
-        )
+        loaded = worker.ask("load", **asked)
         worker.ask("take", inputs=self.feeds, batch=target.batch)
         # The first call allocates; the second says how many calls make a block.
         first = worker.ask("time", calls=1)["elapsed_ns"] / 1e6
         once = worker.ask("time", calls=1)["elapsed_ns"] / 1e6
         calls = max(1, min(1000, round(BLOCK_MS / max(once, 1e-6))))
         worker.ask("time", calls=calls)
-        return Timed(name, target, worker, path, loaded, first, calls, warmup=2 + calls)
+        vram = worker.ask("vram")["vram_bytes"] if target.provider in GPUS else None
+        path = Path(asked["path"])
+        return Timed(name, target, worker, path, loaded, first, calls, 2 + calls, vram)
 
     def _interleave(
         self, runs: list[Timed], seconds: float, most: float, order: random.Random
@@ -175,6 +169,24 @@ class Turns:
     def _fail(self, run: Timed, runs: list[Timed], error: WorkerFailed) -> None:
         self.failed[run.artifact, run.target] = str(error)
         runs.remove(run)
+
+
+def request(
+    artifact: Artifact, target: Target, feeds: Sequence[str], arch: str | None = None
+) -> dict[str, Any]:
+    """What a worker is asked to ``load`` for ``artifact`` on ``target``, to be fed ``feeds``.
+
+    Raises :class:`WorkerFailed` where the target's runtime has nothing to open.
+    """
+    return {
+        "path": str(_file(artifact, target)),
+        "provider": target.provider,
+        "threads": target.threads,
+        "disabled": disabled(artifact),
+        "runtime": target.runtime,
+        "arch": arch,
+        "inputs": len(feeds),
+    }
 
 
 def disabled(artifact: Artifact) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from compressor.errors import one_line
 from compressor.measure import device
 from compressor.measure.runtime import RUNTIMES, OpenVino, open_session
-from compressor.measurement import SETTINGS
+from compressor.measurement import GPUS, SETTINGS
 
 
 class Holder:
@@ -31,6 +31,7 @@ class Holder:
         self.feed: dict[str, Any] = {}
         self.batch = self.threads = 1
         self.runtime = "onnxruntime"
+        self.fixed = False  # whether the file takes whole batches only
         self.disabled: list[str] = []
         self.loading, self.reset = 0, False
         self.gpu = False
@@ -94,19 +95,19 @@ class Holder:
             for name, array in zip(names, arrays, strict=True)
         }
         self.batch = batch
+        shapes = [getattr(given, "shape", None) for given in self.opened.get_inputs()]
+        self.fixed = any(shape and isinstance(shape[0], int) for shape in shapes)
         return {}
 
     def time(self, calls: int) -> dict[str, Any]:
         """One block: nanoseconds of each of ``calls`` runs, and of the block as a whole.
 
-        With the CPU time of all threads, the energy of the machine (``None`` without a counter) and
-        the involuntary context switches meanwhile. Raises ``ValueError`` when an output is not
-        finite: a broken model is never a fast one.
+        With the CPU time of all threads and the involuntary context switches meanwhile. Raises
+        ``ValueError`` when an output is not finite: a broken model is never a fast one.
         """
         run, feed, clock = self.opened.run, self.feed, self.clock
         taken = []
-        energy, switches = device.energy(self.gpu), device.switches()
-        cpu = time.process_time_ns()
+        switches, cpu = device.switches(), time.process_time_ns()
         begin = clock()
         for _ in range(calls):
             start = clock()
@@ -123,8 +124,20 @@ class Holder:
             "elapsed_ns": elapsed,
             "cpu_ns": cpu,
             "switches": device.switches() - switches,
-            "energy_mj": device.spent(energy, device.energy(self.gpu)),
         }
+
+    def draw(self, ms: float) -> dict[str, Any]:
+        """Millijoules of one call, by the counters of the CPU's packages or of the GPU over calls
+        of ``ms`` milliseconds without a pause; ``None`` without a counter."""
+        before = device.energy(self.gpu)
+        if before is None:
+            return {"energy_mj": None}
+        calls, end = 0, self.clock() + ms * 1e6
+        while not calls or self.clock() < end:
+            self.opened.run(None, self.feed)
+            calls += 1
+        spent = device.spent(before, device.energy(self.gpu))
+        return {"energy_mj": None if spent is None else spent / calls}
 
     def bound(self, calls: int) -> dict[str, Any]:
         """One block with inputs and outputs bound to the device, where they stay: nanoseconds of
@@ -179,8 +192,11 @@ class Holder:
         parts = [np.load(path, mmap_mode="r")[start:stop] for path in inputs]
         outputs = []
         for at in range(0, len(parts[0]), self.batch):
-            rows = (np.ascontiguousarray(part[at : at + self.batch]) for part in parts)
-            outputs.append(self.opened.run(None, dict(zip(self.feed, rows, strict=True)))[0])
+            here = np.arange(at, min(at + self.batch, len(parts[0])))
+            whole = np.resize(here, self.batch) if self.fixed else here  # filled up, and cut again
+            rows = (part[whole] for part in parts)
+            answer = self.opened.run(None, dict(zip(self.feed, rows, strict=True)))[0]
+            outputs.append(answer[: len(here)] if self.fixed else answer)
         whole = np.concatenate(outputs)
         _finite(whole)
         np.save(out, whole)
@@ -309,6 +325,7 @@ VERBS = (
     "take",
     "time",
     "bound",
+    "draw",
     "offer",
     "kernels",
     "placement",
@@ -316,9 +333,6 @@ VERBS = (
     "memory",
     "vram",
 )
-
-GPUS = ("cuda", "tensorrt")
-"""Providers with a GPU's counters of energy and memory."""
 
 WOUND_DOWN = 0.01
 """Seconds after which PyTorch's threads no longer wait busily and disturb who comes next."""

@@ -17,7 +17,15 @@ from compressor.measure.environment import absent
 from compressor.measure.protocol import SECONDS
 from compressor.measurement import Target
 from compressor.pipeline import MAX_DROP, Progress, data_digest, silent, targets_of, verdict
-from compressor.pipeline.document import SAMPLES, about, described, hurt, machine, write_samples
+from compressor.pipeline.document import (
+    SAMPLES,
+    about,
+    described,
+    fed,
+    hurt,
+    machine,
+    write_samples,
+)
 from compressor.pipeline.entries import Entry, facts, first, judge, make, read
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.measuring import Measured, measure
@@ -28,7 +36,11 @@ from compressor.task import Kind, Task
 
 OUT = Path("reports") / "bench"
 
-NO_DATA = "no data: no accuracy was measured; fidelity is on made-up inputs (add --data SPEC)"
+NO_DATA = "there is no data (add --data SPEC)"
+
+NO_RUN = "no file ran on the first examples of the data"
+
+UNJUDGED = "no accuracy was measured, fidelity is on made-up inputs"
 
 
 def bench(
@@ -92,6 +104,7 @@ def bench(
     if not made:
         raise StageError(next(iter(skipped.values())))
     task = judge(entries, made, given, metric, kind, targets[0].batch, seed)
+    unjudged = None if task.splits else NO_RUN if given else NO_DATA
     measured = measure(
         task,
         list(made.values()),
@@ -113,7 +126,7 @@ def bench(
             "command": command or f"compressor.bench({task.name}, ...)",
             "fingerprint": fingerprint,
             "model": {"path": entries[0].path.name, "sha256": digest(entries[0].path)},
-            **_document(task, entries, made, measured, targets, folder.path),
+            **_document(task, entries, made, measured, targets, folder.path, unjudged),
             "stages": stages + measured.stages,
         },
         folder.path,
@@ -132,7 +145,9 @@ def _document(
     measured: Measured,
     targets: Sequence[Target],
     folder: Path,
+    unjudged: str | None,
 ) -> Row:
+    """The report, but for what only the caller knows. ``unjudged`` is why no accuracy is known."""
     outputs: Outputs = next(iter(measured.outputs.values()), {})
     reference, names = entries[0].name, list(made)
     fields, validated = (
@@ -142,6 +157,8 @@ def _document(
         }
         for split in ("test", "validate")
     )
+    if unjudged:
+        fields = {name: ({"skipped": unjudged}, found) for name, (_, found) in fields.items()}
     primary = {row["artifact"]: row for row in measured.rows if row["primary"]}
     choice = _choice(
         task,
@@ -149,8 +166,8 @@ def _document(
         primary,
         {name: accuracy for name, (accuracy, _) in validated.items()},
         {name: accuracy for name, (accuracy, _) in fields.items()},
+        unjudged,
     )
-    best = choice.best if choice.best in made else names[0]
     within = [name for name in names if verdict.within(validated[name][0], MAX_DROP)]
     allowed = (within or [reference]) if task.splits else names
     reached = [row for row in measured.rows if absent(target_of(row), measured.providers) is None]
@@ -160,12 +177,13 @@ def _document(
         "environment": machine(measured, targets[0]),
         "recipe": [],
         "task": about(task),
+        "inputs": fed(task),
         "artifacts": [
             {
                 **described(made[name], folder, accuracy, MAX_DROP),
                 "params": onnxfile.read(made[name].path).params,
                 "macs": _macs(models[name]),
-                "best": name == best,
+                "best": name == choice.best,
                 "fidelity": fidelity,
                 **hurt(task, measured, outputs, name, reference),
             }
@@ -180,9 +198,9 @@ def _document(
         "primary": targets[0].to_json(),
         "max_drop": MAX_DROP if task.splits else None,
         "budget_held": choice.held,
-        "best": best,
+        "best": choice.best or None,
         "recommendation": choice.sentence,
-        "warnings": [] if task.splits else [NO_DATA],
+        "warnings": [f"{UNJUDGED}: {unjudged}"] if unjudged else [],
         "samples": SAMPLES,
         "failed": [entry.name for entry in entries if reached and entry.name not in ran],
         "missed": [],
@@ -201,14 +219,15 @@ def _choice(
     primary: Mapping[str, Row],
     validated: Mapping[str, Row],
     tested: Mapping[str, Row],
+    unjudged: str | None,
 ) -> Choice:
-    """The fastest within the budget where there is data; without, nothing is judged."""
+    """The fastest within the budget. Where nothing was judged or compared ``best`` is empty."""
     measured = {name: row for name, row in primary.items() if "skipped" not in row}
     target = target_of(primary[reference])
     if reference not in measured:
         why = primary[reference]["skipped"]
         return Choice(
-            reference,
+            "",
             f"Nothing was compared: {reference} was not measured on {target}: {why}.",
             False,
         )
@@ -227,5 +246,5 @@ def _choice(
         said = f"None is faster than {reference} on {target} beyond noise"
     else:
         said = f"Only {reference} was measured on {target}"
-    judged = "" if task.splits else "; nothing was judged: there is no data (add --data SPEC)"
-    return Choice(reference, f"{said}{judged}.", True)
+    judged = f"; nothing was judged: {unjudged}" if unjudged else ""
+    return Choice("", f"{said}{judged}.", True)

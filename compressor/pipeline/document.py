@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def document(
         "environment": machine(measured, targets[0]),
         "recipe": [step.to_json() for step in maker.resolved],
         "task": about(task),
+        "inputs": fed(task),
         "artifacts": [
             {
                 **_artifact(maker, name, choice, *fields[name], budget),
@@ -108,6 +110,11 @@ def about(task: Task) -> Row:
         "metric": task.metric,
         "higher_is_better": METRICS[task.kind][task.metric].higher_is_better,
     }
+
+
+def fed(task: Task) -> list[Row]:
+    """``inputs``: what one example is, in the order of the file's inputs."""
+    return [{**asdict(one), "shape": list(one.shape)} for one in task.inputs]
 
 
 def described(made: Artifact, folder: Path, accuracy: Row, budget: float) -> Row:

@@ -25,6 +25,7 @@ from compressor.loading.onnxfile import Asked, OnnxFile
 from compressor.loading.task import SPLIT_SEED
 from compressor.loading.torchfile import state_digest
 from compressor.measure.process import Worker, WorkerFailed
+from compressor.measure.turns import CONTROL
 from compressor.metrics import metric_of
 from compressor.pipeline import behaviour
 from compressor.pipeline.folder import key_of
@@ -48,7 +49,8 @@ class Entry:
 
 def named(paths: Sequence[Path]) -> list[str]:
     """A name for each file, no two alike: its stem, and only where two have the same one with the
-    folder's name in front, or else with the suffix, or else with a number.
+    folder's name in front, or else with the suffix, or else with a number. None has the name of
+    the reference's second worker.
 
     >>> named([Path("a/model.onnx"), Path("b/model.onnx"), Path("b/tiny.onnx")])
     ['a-model', 'b-model', 'tiny']
@@ -68,7 +70,7 @@ def named(paths: Sequence[Path]) -> list[str]:
     found: list[str] = []
     for at, name in enumerate(names):
         number, unique = 1, name
-        while unique in found or (unique != name and unique in names[at:]):
+        while unique in (*found, CONTROL) or (unique != name and unique in names[at:]):
             number += 1
             unique = f"{name}-{number}"
         found.append(unique)
@@ -278,6 +280,8 @@ def judge(
             try:
                 if given is None:
                     return _unjudged(name, runner, entry, kind, metric, seed)
+                # A file that breaks is a row; only one that runs can be wrong for the data.
+                runner(*map(torch.from_numpy, given.splits.train.head(batch)[0]))
                 found = tasks(runner, data=given, metric=metric, kind=kind, seed=seed)
                 return replace(found, name=name, inputs=entry.inputs)
             except WorkerFailed:

@@ -45,6 +45,8 @@ class Measured:
     rows: list[Row] = field(default_factory=list)
     raw: list[Measurement] = field(default_factory=list)
     outputs: dict[Place, Outputs] = field(default_factory=dict)
+    broken: dict[Place, dict[str, str]] = field(default_factory=dict)
+    """Why artifacts that could be timed have no outputs: true wherever outputs are the same."""
     floors: dict[Target, dict[str, Any]] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -81,7 +83,7 @@ def measure(
         measured.stages.append(
             {"stage": "measure", "artifact": None, "cached": False, "target": str(target), **seen}
         )
-        measured.raw += observed.measurements
+        measured.raw += observed.measurements + observed.delays
         floor = verdict.floor_of(observed, reference)
         if floor is not None:
             measured.floors[target] = floor
@@ -130,8 +132,13 @@ def _observe(
         seed=task.seed,
         progress=detail,
     )
-    if predict:
+    if predict and observed.outputs:
+        timed = {name for name, _ in observed.times()}
         measured.outputs[taken] = observed.outputs
+        measured.broken[taken] = {
+            name: why for name, why in observed.failed.items() if name in timed
+        }
+    observed.failed = {**measured.broken.get(taken, {}), **observed.failed}
     return observed
 
 
@@ -152,7 +159,6 @@ def race(
     measured: Measured,
     bench_time: str,
     budget: float,
-    arch: str | None = None,
 ) -> Row | None:
     """The recommended artifact on ``primary`` against another runtime, by turns.
 
@@ -165,7 +171,6 @@ def race(
     observed = protocol.duel(
         [(protocol.DUEL, artifact.checked(), target) for target in (primary, other)],
         _feed(task, primary),
-        arch=arch,
         seconds=SECONDS[bench_time],
         processes=PROCESSES[bench_time],
         seed=task.seed,
@@ -224,11 +229,12 @@ def leave(
     ]
     if not rivals:
         return []
-    here = {one.name: one.checked() for one in (baseline, best)}
+    ours = {f"{one.name} (duel)": one.checked() for one in (baseline, best)}
+    first = f"{BASELINE} (duel)"
     observed = protocol.duel(
         [
-            *((name, artifact, primary) for name, artifact in here.items()),
-            *((BASELINE, baseline, rival) for rival in rivals),
+            *((name, artifact, primary) for name, artifact in ours.items()),
+            *((first, baseline, rival) for rival in rivals),
         ],
         _feed(task, primary),
         arch=arch,
@@ -243,19 +249,19 @@ def leave(
     def against(name: str, rival: Target) -> Row | None:
         if (name, primary) not in times:
             return None
-        ratio = speedup(times[BASELINE, rival], times[name, primary], task.seed, observed.processes)
+        ratio = speedup(times[first, rival], times[name, primary], task.seed, observed.processes)
         return {**ratio, "verdict": statistics.verdict(ratio["low"], ratio["high"], floor)}
 
     return [
         {
             "runtime": rival.runtime,
             "artifact": best.name,
-            "p50": summary(times[BASELINE, rival])["p50"],
-            "baseline": against(BASELINE, rival),
-            "best": against(best.name, rival),
+            "p50": summary(times[first, rival])["p50"],
+            "baseline": against(first, rival),
+            "best": against(f"{best.name} (duel)", rival),
         }
         for rival in rivals
-        if (BASELINE, rival) in times
+        if (first, rival) in times
     ]
 
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from compressor.artifact import Artifact, digest
 from compressor.errors import InputError
 from compressor.loading import onnxfile
-from compressor.loading.onnxfile import Asked, OnnxFile
-from compressor.measure.process import Worker, WorkerFailed
+from compressor.measure.environment import absent
+from compressor.measure.process import Worker
 from compressor.measure.protocol import SECONDS, duel
 from compressor.measure.statistics import Blocks, speedup
-from compressor.measurement import Target
+from compressor.measurement import PLACES, TORCH, Target
+from compressor.pipeline.pairs import Opened, Pair, Unfit, opened, paired, refuse
 from compressor.report import Report
 from compressor.report.table import primary
 from compressor.task import Input, Inputs
@@ -31,8 +30,9 @@ PROCESSES = 3
 """Starts of each worker in a look, at least: where a start decides how fast a process is, a single
 one looks like a slow-down. benchmarks/gate has how often."""
 
-MORE = 3
-"""Looks that are added where the first is in doubt, and that the second round takes besides."""
+MORE = 5
+"""Looks that are added where the first is in doubt, and that the second round takes besides: enough
+to find a slow-down of 20 % where starts come in two speeds as far apart (benchmarks/gate)."""
 
 Progress = Callable[[str], None]
 Row = dict[str, Any]
@@ -97,19 +97,12 @@ def slowdown(looks: Iterable[Look], seed: int = 0) -> dict[str, float]:
     return speedup(ratios, [[1.0]] * len(ratios), seed, processes)
 
 
-class Pair(NamedTuple):
-    """Both files of a variant, and what they take."""
-
-    old: Artifact
-    new: Artifact
-    inputs: tuple[Input, ...]
-
-
 def remeasure(
     old: Report,
     new: Report,
     limit: float,
     *,
+    inputs: Sequence[str] = (),
     seconds: float = SECONDS["quick"],
     processes: int = PROCESSES,
     seed: int = 0,
@@ -119,36 +112,49 @@ def remeasure(
 ) -> dict[str, Row]:
     """What :func:`slower` says of every variant of both reports, on NEW's primary target.
 
-    ``{"verdict": "ok"|"fails"|"inconclusive", "why", "target", "value", "low", "high",
+    ``{"verdict": "ok"|"fails"|"inconclusive"|"n/a", "why", "target", "value", "low", "high",
     "rounds"}``; the last four are ``None`` where nothing was timed. ``seconds`` are those of each
-    file in one look. The inputs are made up from what the files say that they take. A file that is
-    gone, has changed or does not run fails with the reason.
+    file in one look. Inputs are made up from what the files say that they take; the length of an
+    axis that both leave open comes from ``inputs`` (``NAME=SHAPE[:DTYPE[<HIGH]]``), or else from
+    what NEW's report was fed, or OLD's. A file of NEW that is gone, has changed or does not run
+    fails with the reason; one of OLD is ``n/a``.
+
+    Raises :class:`InputError`, before anything is timed, where the target is not to be had here or
+    is PyTorch's, where a report holds no models, and for inputs that are unknown or do not fit.
     """
-    target = primary(new.document)
-    if target is None:
-        raise InputError("--remeasure: NEW has no measurement, so no target to measure on")
-    theirs, ours = (_entries(report) for report in (old, new))
+    asked, target = onnxfile.asked(inputs), _target(old, new)
+    theirs, ours = (
+        {made["name"]: made for made in report.document["artifacts"]} for report in (old, new)
+    )
     found: dict[str, Row] = {}
-    pairs: dict[str, Pair] = {}
+    files: dict[str, tuple[Opened, Opened]] = {}
     for name in theirs:
         if name not in ours:
             continue
         try:
-            pair = _pair(name, old, new, target)
-        except InputError as error:
-            found[name] = _row("fails", f"cannot be timed again: {error}", target)
-            continue
-        if pair.old.digest == pair.new.digest:
+            after = opened(ours[name], new, "NEW")
+            files[name] = opened(theirs[name], old, "OLD"), after
+        except Unfit as error:
+            found[name] = _row(error.verdict, str(error), target)
+    refuse(asked, files.values())
+    pairs: dict[str, Pair] = {}
+    for name, (before, after) in files.items():
+        if before[0].digest == after[0].digest:
             found[name] = _row("ok", "the same file", target)
-        else:
-            pairs[name] = pair
+            continue
+        try:
+            pairs[name] = paired(before, after, asked, (new, old), target)
+        except Unfit as error:
+            found[name] = _row(error.verdict, str(error), target)
+    if pairs:
+        _present(target, start)
     seeds = itertools.count(seed)
 
-    def looks(names: Iterable[str]) -> dict[str, Look | str]:
+    def looks(names: Iterable[str]) -> dict[str, Look | Unfit]:
         """Both files of each variant in one job; the reason for one that failed."""
         chosen = {name: pairs[name] for name in names}
         progress(f"timing {', '.join(chosen)} again on {target}")
-        inputs = next(iter(chosen.values())).inputs
+        fed = next(iter(chosen.values())).inputs
         entrants = [
             (f"{name} ({side})", getattr(pair, side), target)
             for name, pair in chosen.items()
@@ -156,7 +162,7 @@ def remeasure(
         ]
         observed = duel(
             entrants,
-            _feed(inputs, target, seed),
+            _feed(fed, target, seed),
             seconds=seconds,
             processes=max(processes, PROCESSES),
             seed=next(seeds),
@@ -165,13 +171,17 @@ def remeasure(
         )
         times = observed.times()
         return {
-            name: why
-            if (why := _failed(name, observed.failed))
-            else Look(
+            name: _failed(name, observed.failed)
+            or Look(
                 times[f"{name} (old)", target], times[f"{name} (new)", target], observed.processes
             )
             for name in chosen
         }
+
+    def taken(look: Look | Unfit) -> Look:
+        if isinstance(look, Unfit):
+            raise look
+        return look
 
     alike: dict[tuple[Input, ...], list[str]] = {}
     for name, pair in pairs.items():
@@ -180,17 +190,12 @@ def remeasure(
         for name, first in looks(names).items():
 
             def again(name: str = name) -> Look:
-                look = looks([name])[name]
-                if isinstance(look, str):
-                    raise WorkerFailed(look)
-                return look
+                return taken(looks([name])[name])
 
             try:
-                if isinstance(first, str):
-                    raise WorkerFailed(first)
-                found[name] = _judged(slower(first, again, limit, seed), limit, target)
-            except WorkerFailed as error:
-                found[name] = _row("fails", f"cannot be timed again: {error}", target)
+                found[name] = _judged(slower(taken(first), again, limit, seed), limit, target)
+            except Unfit as error:
+                found[name] = _row(error.verdict, str(error), target)
     return {name: found[name] for name in theirs if name in found}
 
 
@@ -212,63 +217,38 @@ def _row(verdict: str, why: str, target: Target) -> Row:
     return {"verdict": verdict, "why": why, "target": str(target), **nothing}
 
 
-def _failed(name: str, failed: Mapping[str, str]) -> str | None:
-    """Why one of the two files did not run."""
-    sides = ((side, failed.get(f"{name} ({side})")) for side in ("old", "new"))
-    return next((f"{side.upper()}'s file: {why}" for side, why in sides if why), None)
+def _failed(name: str, failed: Mapping[str, str]) -> Unfit | None:
+    """Why one of the two files did not run; NEW's is the one that counts."""
+    for side in ("NEW", "OLD"):
+        if why := failed.get(f"{name} ({side.lower()})"):
+            return Unfit(side, f"{side}'s file: {why}")
+    return None
 
 
-def _entries(report: Report) -> dict[str, Mapping[str, Any]]:
-    return {made["name"]: made for made in report.document["artifacts"]}
-
-
-def _pair(name: str, old: Report, new: Report, target: Target) -> Pair:
-    """Both files as artifacts, each compared with the digest in its report."""
-    (was, before), (now, after) = _opened(name, old, "OLD"), _opened(name, new, "NEW")
-    taken, given = _inputs(before, after, target), _inputs(after, before, target)
-    if [replace(one, high=2) for one in taken] != [replace(one, high=2) for one in given]:
+def _target(old: Report, new: Report) -> Target:
+    """NEW's primary target, where an ONNX file can be timed on it."""
+    for side, report in (("OLD", old), ("NEW", new)):
+        if "benchmarks" in report.document:
+            raise InputError(
+                f"--remeasure: {side} is the JSON of benchmarks, which holds no models: give run "
+                "folders"
+            )
+    target = primary(new.document)
+    if target is None:
+        raise InputError("--remeasure: NEW has no measurement, so no target to measure on")
+    if target.runtime in TORCH or (target.runtime, target.provider) not in PLACES.values():
         raise InputError(
-            f"OLD takes {', '.join(map(str, before.slots))} and NEW "
-            f"{', '.join(map(str, after.slots))}: the two cannot be given the same inputs"
+            f"--remeasure: NEW's primary target is {target}, only ONNX files are timed again: "
+            "measure it with another --provider first"
         )
-    both = zip(taken, given, strict=True)
-    inputs = tuple(replace(one, high=min(one.high, other.high)) for one, other in both)
-    return Pair(was, now, inputs)
+    return target
 
 
-def _opened(name: str, report: Report, side: str) -> tuple[Artifact, OnnxFile]:
-    """The file that the report names, and what it says of itself; its digest must hold."""
-    made = _entries(report)[name]
-    relative = PurePosixPath(made.get("path") or "")
-    if not relative.parts or relative.is_absolute() or ".." in relative.parts:
-        raise InputError(f"{side} names no file of its folder for it; give the run folder")
-    path = report.folder / relative
-    file = onnxfile.read(path)
-    if digest(path, *file.companions) != made["sha256"]:
-        raise InputError(f"{side}'s {relative} is not the file that was measured: run it again")
-    fields = {"steps": tuple(made["steps"]), "companions": file.companions}
-    source = report.folder / made["source"] if made.get("source") else None
-    return Artifact(name, path, "onnx", made["sha256"], source=source, **fields), file
-
-
-def _inputs(file: OnnxFile, other: OnnxFile, target: Target) -> tuple[Input, ...]:
-    """What ``file`` takes; an axis that it leaves open is as long as in the other file."""
-    closed = {
-        slot.name: Asked(tuple(int(size) for size in slot.axes[1:]))
-        for slot in other.slots
-        if slot.axes and slot.name not in _open(other)
-    }
-    known = {name: one for name, one in closed.items() if name in _open(file)}
-    return onnxfile.inputs(file, known, batch=(target.batch,))
-
-
-def _open(file: OnnxFile) -> set[str]:
-    """Inputs with an axis, besides the batch, whose length the file does not say."""
-    return {
-        slot.name
-        for slot in file.slots
-        if slot.axes is None or any(isinstance(size, str) for size in slot.axes[1:])
-    }
+def _present(target: Target, start: Callable[[], Worker]) -> None:
+    with start() as worker:
+        here = worker.ask("providers")["providers"]
+    if why := absent(target, here):
+        raise InputError(f"--remeasure on {target}: {why}: compare on a machine that has it")
 
 
 def _feed(inputs: tuple[Input, ...], target: Target, seed: int) -> Inputs:

@@ -22,6 +22,9 @@ from compressor.task import Array, Task
 
 Row = dict[str, Any]
 
+UNKNOWN = 0.05
+"""The noise floor where nothing shows it."""
+
 Outputs = Mapping[str, Mapping[str, Array]]
 """Artifact name -> split name -> the first output on the whole split."""
 
@@ -50,7 +53,11 @@ def rows(
     by_artifact: dict[str, dict[str, Measurement]] = {}
     for one in observed.measurements:
         by_artifact.setdefault(one.artifact, {})[one.quantity] = one
-    times = {name: blocks for (name, _), blocks in observed.times().items()}
+    times = {
+        name: blocks
+        for (name, _), blocks in observed.times().items()
+        if name not in observed.failed
+    }
     floor = floor_of(observed, reference)
     found = []
     for name, quantities in by_artifact.items():
@@ -75,6 +82,11 @@ def rows(
             **machine,
         }
         row["noise"] = flags(row["conditions"], row["latency_ms"]["n"])
+        if observed.uncontrolled:
+            row["noise"].append(
+                f"no control: the reference's second process failed ({observed.uncontrolled}), so "
+                f"a noise floor of {UNKNOWN:.0%} is assumed"
+            )
         row["session"] = observed.sessions.get(name)
         row["placement"] = observed.placements.get(name)
         row["load_curve"] = observed.loads.get(name)
@@ -116,7 +128,7 @@ def _speedup(
         ratio = {"value": 1.0, "low": 1.0, "high": 1.0}
         return {"versus": reference, **ratio, "verdict": "same"}
     ratio = speedup(times[reference], times[name], seed, observed.processes)
-    said = verdict(ratio["low"], ratio["high"], floor["value"] if floor else 0.0)
+    said = verdict(ratio["low"], ratio["high"], floor["value"] if floor else UNKNOWN)
     return {"versus": reference, **ratio, "verdict": said}
 
 
@@ -160,13 +172,14 @@ def left(found: Row) -> str:
 
     def said(ratio: Row | None) -> str:
         if ratio is None:
-            return "n/a"
-        return f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            return "could not be timed"
+        bounds = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        return f"runs at {bounds} its speed ({ratio['verdict']})"
 
-    sentence = f"Against the model in {name}, the baseline runs at {said(found['baseline'])}"
+    sentence = f"Against the model in {name}, the baseline {said(found['baseline'])}"
     if found["artifact"] != BASELINE:
-        sentence += f" and {found['artifact']} at {said(found['best'])}"
-    return f"{sentence} its speed."
+        sentence += f" and {found['artifact']} {said(found['best'])}"
+    return f"{sentence}."
 
 
 def judged(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compressor.errors import BudgetError
+from compressor.errors import BudgetError, InputError
 from compressor.report.table import MISSING, escaped, figures, plain, render, score, size
 
 UNITS = {"latency": " ms", "throughput": "/s", "load": " ms", "cpu": " ms", "energy": " mJ"}
@@ -96,17 +97,43 @@ class Comparison:
         return [row for row in self.rows if row.failed]
 
     @property
+    def unjudged(self) -> list[Row]:
+        """Those that have a limit and no verdict."""
+        return [row for row in self.rows if row.limit and row.verdict == "n/a"]
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is any verdict at all."""
+        return any(row.failed or row.verdict in ("ok", "inconclusive") for row in self.rows)
+
+    @property
     def said(self) -> str:
-        """``passes: ...`` or ``fails: what``, one line."""
+        """``passes: ...``, ``fails: what`` or ``nothing was judged: why``, one line."""
+        if not self.judged:
+            reasons = dict.fromkeys(
+                f"{row.quantity} {row.limit}: {row.why}" for row in self.unjudged
+            )
+            return plain(f"nothing was judged: {'; '.join(reasons) or 'OLD holds no variant'}")
         if not self.failed:
-            count = sum(row.verdict == "ok" for row in self.rows)
-            return f"passes: {count} figures hold their limits"
+            found = Counter(row.verdict for row in self.rows)
+            counts = [
+                f"; {count} {what}"
+                for count, what in (
+                    (found["inconclusive"], "inconclusive"),
+                    (len(self.unjudged), "not judged"),
+                )
+                if count
+            ]
+            return f"passes: {found['ok']} figures hold their limits{''.join(counts)}"
         named = "; ".join(map(str, self.failed[:NAMED]))
         more = len(self.failed) - NAMED
         return plain(f"fails: {named}" + (f"; and {more} more" if more > 0 else ""))
 
     def check(self) -> None:
-        """Raises :class:`BudgetError` with the one line when anything fails."""
+        """Raises :class:`BudgetError` with the one line when anything fails, and
+        :class:`InputError` when nothing was judged."""
+        if not self.judged:
+            raise InputError(self.said)
         if self.failed:
             raise BudgetError(self.said)
 
@@ -130,7 +157,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Plain values: ``{"passes", "said", "rows", "notes"}``."""
         return {
-            "passes": not self.failed,
+            "passes": self.judged and not self.failed,
             "said": self.said,
             "rows": [row.to_json() for row in self.rows],
             "notes": list(self.notes),

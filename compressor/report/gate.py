@@ -131,22 +131,45 @@ def compare(
     rows: list[Row] = []
     for name, made in before.items():
         if name not in after:
-            skipped = (stage for stage in new.get("stages", ()) if stage.get("artifact") == name)
-            why = next((stage["skipped"] for stage in skipped if stage.get("skipped")), None)
-            rows.append(Row(name, "variant", verdict="missing", why=why or "NEW lacks it"))
+            rows.append(Row(name, "variant", verdict="missing", why=_lost(new, name)))
             continue
-        rows += _of_file(old, new, made, after[name], allowed)
+        figures = [*_of_file(old, new, made, after[name], allowed)]
         accuracy = _accuracy(old, made, after[name], allowed.get("accuracy"), unlike)
-        rows += [accuracy] if accuracy.limit or accuracy.change is not None else []
-        rows += _on_targets(old, new, name, allowed.get("memory"))
+        figures += [accuracy] if accuracy.limit or accuracy.change is not None else []
+        figures += _on_targets(old, new, name, allowed.get("memory"))
         if timed is not None:
-            rows.append(_again(name, timed[name], allowed["latency"]))
+            figures.append(_again(name, timed[name], allowed["latency"]))
+        elif "latency" in allowed:
+            figures.append(
+                _unjudged(
+                    name, "latency", allowed, "times of two days tell nothing, add --remeasure"
+                )
+            )
+        if "memory" in allowed and not any(
+            row.limit and row.quantity == "memory" for row in figures
+        ):
+            figures.append(_unjudged(name, "memory", allowed, "not measured in both on one target"))
+        rows += figures
     rows += [
         Row(name, "variant", verdict="new", why="OLD lacks it")
         for name in after
         if name not in before
     ]
-    return Comparison(tuple(rows), tuple(_notes(old, new, allowed, timed is not None)))
+    return Comparison(tuple(rows), tuple(_notes(old, new)))
+
+
+def _lost(new: Document, name: str) -> str:
+    """Why NEW has no such variant, by the stage or the file that failed."""
+    skipped = (
+        row.get("skipped")
+        for row in (*new.get("stages", ()), *new["measurements"])
+        if row.get("artifact") == name
+    )
+    return next(filter(None, skipped), "NEW lacks it")
+
+
+def _unjudged(name: str, quantity: str, allowed: Mapping[str, Limit], why: str) -> Row:
+    return Row(name, quantity, limit=str(allowed[quantity]), verdict="n/a", why=why)
 
 
 def _of_file(
@@ -261,9 +284,7 @@ def _source(task: Record) -> str:
     return PurePath((task.get("data") or "").partition(":")[0]).name
 
 
-def _notes(
-    old: Document, new: Document, allowed: Mapping[str, Limit], timed: bool
-) -> Iterator[str]:
+def _notes(old: Document, new: Document) -> Iterator[str]:
     was, now = old["environment"], new["environment"]
     changed = [
         f"{package} {version} -> {now['versions'].get(package, 'absent')}"
@@ -288,8 +309,6 @@ def _notes(
         yield f"only OLD was measured on {'; '.join(only)}"
     if new.get("finished") is False:
         yield "NEW did not finish"
-    if "latency" in allowed and not timed:
-        yield "latency is not judged by times of two days: add --remeasure"
 
 
 def number(value: object) -> float | None:
@@ -354,4 +373,5 @@ def _merged(path: Path, benchmarks: list[Any]) -> dict[str, Any]:
         "task": dict(first["task"]),
         "artifacts": artifacts,
         "measurements": rows,
+        "benchmarks": [name for name, _ in ours],  # which have figures, and no models
     }

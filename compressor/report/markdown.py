@@ -86,8 +86,8 @@ def _blocks(document: Document) -> Iterator[str]:
     if delays := curves.delays(document):
         yield "## Load"
         yield (
-            "Requests that come at random and wait their turn: the time from arrival to answer, by "
-            "the rate offered as a share of the throughput without pauses."
+            "One stretch of requests that come at random and wait their turn: the time from arrival "
+            "to answer, by the rate offered as a share of the throughput without pauses."
         )
         yield _image(document, "Latency against the rate offered", "load.png")
         yield delays
@@ -151,7 +151,7 @@ def _damage(document: Document) -> Iterator[str]:
 def _instead(document: Document) -> str:
     """Says whose figures these are where the recommended artifact has none."""
     chosen = subject(document)
-    if chosen is None or chosen["best"]:
+    if chosen is None or chosen["best"] or not any(one["best"] for one in document["artifacts"]):
         return ""
     return f"{escaped(best(document))} is recommended; this is {escaped(chosen['name'])}."
 

@@ -241,7 +241,7 @@ def _best(runs: Runs, show: Text) -> str:
     rows = []
     for name, document in runs:
         artifacts, metric = document["artifacts"], tables.metric_of(document)
-        best = next((one for one in artifacts if one["best"]), artifacts[0] if artifacts else None)
+        best = next((one for one in artifacts if one["best"]), None)
         if best is None:
             rows.append([show(name), MISSING, *[MISSING] * 6])
             continue

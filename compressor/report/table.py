@@ -274,30 +274,31 @@ def further(document: Document, *, markdown: bool = False) -> str:
 
 
 def placement(document: Document, target: Target | None) -> str:
-    """Where the nodes of the recommended artifact ran on ``target``, in one line; may be empty."""
-    for name in _recommended(document):
-        if found := _placement(document, target, name):
-            where = (
-                f"{count} on {provider} ({found['share'][provider]:.0%} of the time)"
-                for provider, count in found["nodes"].items()
-            )
-            counts = {
-                "copies between devices": found["memcpy"],
-                "QuantizeLinear": found["quantize"],
-                "DequantizeLinear": found["dequantize"],
-                "in float between Q/DQ pairs": found["unfused"],
-            }
-            left = (f"{count} {what}" for what, count in counts.items() if count)
-            return "; ".join([f"placement of {name}: nodes that ran: {', '.join(where)}", *left])
-    return ""
+    """Where the nodes of the recommended artifact, or of what is looked at closely where there is
+    none, ran on ``target``, in one line; may be empty."""
+    name = _shown(document)
+    if not (found := _placement(document, target, name)):
+        return ""
+    where = (
+        f"{count} on {provider} ({found['share'][provider]:.0%} of the time)"
+        for provider, count in found["nodes"].items()
+    )
+    counts = {
+        "copies between devices": found["memcpy"],
+        "QuantizeLinear": found["quantize"],
+        "DequantizeLinear": found["dequantize"],
+        "in float between Q/DQ pairs": found["unfused"],
+    }
+    left = (f"{count} {what}" for what, count in counts.items() if count)
+    return "; ".join([f"placement of {name}: nodes that ran: {', '.join(where)}", *left])
 
 
 def operators(document: Document, target: Target | None) -> str:
-    """Nodes and ms of each operator, the reference against the recommended; may be empty."""
-    names = dict.fromkeys([one["name"] for one in document["artifacts"][:1]])
+    """Nodes and ms of each operator, the reference against the :func:`subject`; may be empty."""
+    names = [one["name"] for one in (*document["artifacts"][:1], subject(document)) if one]
     found = {
         name: {one["op"]: one for one in placed["operators"]}
-        for name in [*names, *(best for best in _recommended(document) if best not in names)]
+        for name in names
         if (placed := _placement(document, target, name))
     }
     dearest = {
@@ -321,18 +322,21 @@ def operators(document: Document, target: Target | None) -> str:
 
 
 def nodes(document: Document, target: Target | None) -> str:
-    """The recommended artifact's nodes that take the longest; may be empty."""
+    """The nodes that take the longest, of the artifact of :func:`placement`; may be empty."""
     rows = [
         [escaped(one["node"]), escaped(one["op"]), escaped(one["provider"]), figures(one["ms"])]
-        for name in _recommended(document)
-        for one in _placement(document, target, name).get("dearest", ())
+        for one in _placement(document, target, _shown(document)).get("dearest", ())
     ]
     header = ["dearest node", "operator", "provider", "ms"]
     return render(header, rows, markdown=True, left=3) if rows else ""
 
 
-def _recommended(document: Document) -> list[str]:
-    return [one["name"] for one in document["artifacts"] if one["best"]]
+def _shown(document: Document) -> str:
+    """The recommended artifact; where none is, the :func:`subject`, or the only one."""
+    artifacts = document["artifacts"]
+    marked = (one for one in artifacts if one["best"])
+    found = next(marked, subject(document) or next(iter(artifacts), None))
+    return str(found["name"]) if found else ""
 
 
 def _placement(document: Document, target: Target | None, name: str) -> Mapping[str, Any]:
@@ -360,7 +364,7 @@ def footnotes(document: Document) -> list[str]:
 
 ONCE = (
     "each ran in one process: the intervals of the speed-ups are widened by what another start may "
-    "change (--bench-time normal starts three)"
+    "change, too far to call any two the same (--bench-time normal starts three)"
 )
 
 

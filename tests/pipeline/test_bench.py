@@ -18,9 +18,11 @@ from onnx import TensorProto, numpy_helper, parser
 import compressor
 from compressor.artifact import digest
 from compressor.errors import InputError
+from compressor.measure.turns import CONTROL
 from compressor.pipeline.bench import bench
-from compressor.pipeline.entries import named
+from compressor.pipeline.entries import Runner, named
 from compressor.report import Report, problem
+from compressor.report.table import operators, primary
 
 HEAD = '<ir_version: 10, opset_import: ["": 20]> g '
 ROWS = np.random.default_rng(0).standard_normal((120, 8)).astype(np.float32)
@@ -136,8 +138,20 @@ def test_the_first_is_what_the_others_are_compared_with(ran: Report) -> None:
     assert ran.document["environment"]["noise_floor"]["n"] > 0
     sentence = ran.document["recommendation"]
     assert "is the fastest on cpu, batch 1, 1 thread" in sentence
-    assert "faster than slow; nothing was judged" in sentence
+    assert "faster than slow; nothing was judged: there is no data (add --data SPEC)" in sentence
+
+
+def test_what_nobody_judged_is_not_recommended(ran: Report) -> None:
+    assert not any(one["best"] for one in ran.document["artifacts"])
+    assert ran.document["best"] is None
     assert ran.best == "slow"
+    (header, *_) = operators(ran.document, primary(ran.document)).splitlines()
+    assert header.split("|")[2].strip() == "slow nodes"
+    assert header.split("|")[4].strip() in ("same nodes", "other nodes")
+
+
+def test_what_one_example_is_stands_in_the_report(ran: Report) -> None:
+    assert ran.document["inputs"] == [{"name": "x", "shape": [8], "dtype": "float32", "high": 2}]
 
 
 def test_outputs_are_compared_where_their_shapes_agree(ran: Report) -> None:
@@ -145,7 +159,11 @@ def test_outputs_are_compared_where_their_shapes_agree(ran: Report) -> None:
     assert found["same"]["fidelity"]["n"] > 0
     assert found["same"]["fidelity"]["max_abs_diff"] < 1e-5
     assert found["other"]["fidelity"] is None
-    assert all(one["accuracy"] == {"skipped": "no data"} for one in found.values())
+    why = "there is no data (add --data SPEC)"
+    assert all(one["accuracy"] == {"skipped": why} for one in found.values())
+    assert ran.document["warnings"] == [
+        f"no accuracy was measured, fidelity is on made-up inputs: {why}"
+    ]
     assert found["same"]["params"] == WEIGHTS.size
 
 
@@ -174,6 +192,8 @@ def test_a_reference_that_fails_leaves_the_others_their_rows(folder: Path, tmp_p
     assert row["latency_ms"]["n"] > 0
     assert row["speedup"] is None
     assert report.document["recommendation"].startswith("Nothing was compared: cut was not")
+    assert [one["best"] for one in report.document["artifacts"]] == [False]
+    assert (report.document["best"], report.best) == (None, "same")
     assert report.document["failed"] == ["cut"]
 
 
@@ -235,9 +255,37 @@ def test_with_data_accuracy_is_judged_against_the_first(
     assert "open" not in reasons(report)  # the data says how wide its input is
     best = report.best
     assert best in ("same", "open")
+    assert [name for name, one in found.items() if one["best"]] == [report.document["best"]]
     sentence = report.document["recommendation"]
     assert sentence.startswith(f"{best} is recommended: ")
     assert "faster than slow, for a drop in accuracy of 0.0000" in sentence
+
+
+def test_where_no_file_runs_on_the_data_nothing_asks_for_data(
+    folder: Path, tmp_path: Path, data: str
+) -> None:
+    models = [folder / "nan.onnx", folder / "huge.onnx"]
+    report = here(models, tmp_path / "out", data=data)
+    assert set(reasons(report)) == {"nan", "huge"}
+    why = "no file ran on the first examples of the data"
+    assert all(one["accuracy"] == {"skipped": why} for one in by_name(report).values())
+    assert report.document["warnings"][0].endswith(f": {why}")
+    assert "--data" not in report.markdown()
+
+
+def test_a_file_of_whole_batches_is_judged_on_every_example(
+    folder: Path, tmp_path: Path, data: str
+) -> None:
+    """As a file that takes any number is, though no split has a multiple of 7."""
+    seven = linear(tmp_path / "seven.onnx", text=LINEAR.replace("n,", "7,"))
+    assert Runner(seven, 7)(torch.from_numpy(ROWS[:2])).shape == (2, 3)
+    report = here([seven, folder / "same.onnx"], tmp_path / "out", data=data, batch=(7,))
+    found, sizes = by_name(report), report.document["task"]["splits"]
+    assert not reasons(report)
+    assert all(count % 7 for count in (sizes["validate"], sizes["test"]))
+    assert found["seven"]["accuracy"]["n"] == sizes["test"]
+    assert found["seven"]["accuracy"]["accuracy"] == found["same"]["accuracy"]["accuracy"]
+    assert found["same"]["fidelity"]["max_abs_diff"] < 1e-5
 
 
 def test_data_that_no_file_can_take_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -277,7 +325,7 @@ PATHS = st.lists(
     st.builds(
         lambda folders, stem, suffix: Path("/", *folders, stem + suffix),
         st.lists(st.sampled_from("ab"), max_size=2),
-        st.sampled_from(["m", "a-m", "m-2", "m.onnx"]),
+        st.sampled_from(["m", "a-m", "m-2", "m.onnx", CONTROL]),
         st.sampled_from([".onnx", ".pt"]),
     ),
     max_size=6,
@@ -290,7 +338,8 @@ def test_no_two_files_have_one_name(paths: list[Path]) -> None:
     names, stems = named(paths), [path.stem for path in paths]
     assert len(set(names)) == len(paths)
     assert all(stem in name for name, stem in zip(names, stems, strict=True))
-    if len(set(stems)) == len(stems):
+    assert CONTROL not in names
+    if len(set(stems)) == len(stems) and CONTROL not in stems:
         assert names == stems
 
 
@@ -300,6 +349,7 @@ def test_names_tell_files_apart_by_as_little_as_it_takes() -> None:
         ("x/m.onnx", "y/m.onnx"): ["x-m", "y-m"],
         ("x/m.onnx", "x/m.pt"): ["m.onnx", "m.pt"],
         ("x/m.onnx", "x/m.onnx"): ["m", "m-2"],
+        ("x/m.onnx", f"x/{CONTROL}.onnx"): ["m", f"{CONTROL}-2"],
     }
     for paths, names in given.items():
         assert named([Path(path) for path in paths]) == names

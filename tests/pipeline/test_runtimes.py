@@ -226,7 +226,7 @@ def timed(**ms: float) -> Observed:
     return Observed(
         [
             Measurement(
-                "baseline" if name == "torch" else name,
+                f"{'baseline' if name == 'torch' else name} (duel)",
                 targets[name],
                 "latency_ms",
                 "ms",
@@ -243,14 +243,15 @@ def test_leaving_pytorch_is_a_ratio_for_the_baseline_and_the_best(
 ) -> None:
     ran = {**row(TORCH_HERE), "artifact": "baseline"}
     ((found,), asked) = left(monkeypatch, tmp_path, timed(baseline=2, int8=1, torch=4), ran)
-    assert asked == [("baseline", HERE), ("int8", HERE), ("baseline", TORCH_HERE)]
+    first, best = "baseline (duel)", "int8 (duel)"
+    assert asked == [(first, HERE), (best, HERE), (first, TORCH_HERE)]
     assert (found["runtime"], found["artifact"], found["p50"]) == ("torch", "int8", 4)
     assert found["baseline"]["value"] == pytest.approx(2)
     assert found["best"]["value"] == pytest.approx(4)
     assert found["best"]["verdict"] == "faster"
     said = verdict.left(found)
     assert said.startswith("Against the model in PyTorch eager, the baseline runs at 2.00x [")
-    assert "and int8 at 4.00x [" in said
+    assert "and int8 runs at 4.00x [" in said
 
 
 def test_where_pytorch_did_not_run_nothing_is_said_of_it(
@@ -351,3 +352,30 @@ def test_fp16_is_offered_for_int8_on_cuda(
     maker: Any = SimpleNamespace(resolved=[Step("quantize", {"scheme": scheme}, name="q")])
     measured = Measured(["CUDAExecutionProvider"] if present else [], None, {})
     assert _on_gpu(maker, measured, [Target(provider=provider)]) == [GPU] * warned
+
+
+def test_outputs_that_are_not_finite_fail_on_every_target_of_their_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Outputs are taken on one thread; on two they would be as bad."""
+    (tmp_path / "int8.onnx").write_bytes(b"nothing reads it")
+    artifact = Artifact.of(tmp_path / "int8.onnx", "onnx")
+
+    def observe(artifacts: Any, target: Target, feed: Any, *, predict: Any, **more: Any) -> Any:
+        seen = Observed([Measurement("int8", target, "latency_ms", "ms", ((1.0,),) * 8)], (8,))
+        if predict and target.runtime == "onnxruntime":
+            seen.outputs["other"] = {"test": RIGHT}
+            seen.failed["int8"] = "not finite"
+        return seen
+
+    monkeypatch.setattr(measuring, "observe", observe)
+    measured = Measured(["CPUExecutionProvider"], None, {})
+    for target in (HERE, Target(threads=2), Target(batch=2)):
+        seen = measuring._observe(
+            TASK, [artifact], target, HERE, measured, {"test": (LABELS,)}, "quick", None, print
+        )
+        assert seen.failed == {"int8": "not finite"}
+    elsewhere = Target("torch")
+    seen = measuring._observe(TASK, [artifact], elsewhere, HERE, measured, {}, "quick", None, print)
+    assert seen.failed == {}
+    assert measured.outputs.keys() == {measuring.place(HERE), measuring.place(Target(batch=2))}

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from compressor.cli import app
 from compressor.errors import BudgetError, InputError
 from compressor.measurement import Target
 from compressor.report.change import Comparison, Row
@@ -82,8 +84,13 @@ def found(result: Comparison, quantity: str, variant: str = "int8") -> Row:
 def test_a_report_never_fails_against_itself(names: set[str]) -> None:
     old, new = pair()
     result = compare(old, new, limits(",".join(f"{name}=0%" for name in names)))
+    if names == {"latency"}:
+        with pytest.raises(InputError, match="nothing was judged"):
+            result.check()
+        return
     result.check()
     assert result.said.startswith("passes")
+    assert result.said.endswith("; 2 not judged") == ("latency" in names)
 
 
 FIELDS = {"size": "size_bytes", "params": "params", "macs": "macs"}
@@ -175,6 +182,12 @@ def test_new_variants_pass_and_missing_ones_fail_with_the_reason() -> None:
     assert (row.verdict, row.why) == ("missing", "too small")
     with pytest.raises(BudgetError, match=r"fails: int8 variant: too small"):
         compare(old, shrunk, limits()).check()
+    # A file that could not be read has no stage, but a row.
+    shrunk["stages"] = []
+    shrunk["measurements"].append({"artifact": "int8", **HERE.to_json(), "skipped": "cut off"})
+    assert found(compare(old, shrunk, limits()), "variant").why == "cut off"
+    shrunk["measurements"].pop()
+    assert found(compare(old, shrunk, limits()), "variant").why == "NEW lacks it"
 
 
 def test_what_new_could_not_measure_fails_with_the_reason() -> None:
@@ -210,8 +223,49 @@ def test_times_are_shown_and_never_fail() -> None:
         row |= slow
     result = compare(old, new, limits(ALL))
     assert not result.failed
-    assert found(result, "latency").verdict == "shown"
-    assert any("add --remeasure" in note for note in result.notes)
+    shown, asked = (
+        row for row in result.rows if (row.variant, row.quantity) == ("int8", "latency")
+    )
+    assert (shown.verdict, shown.new) == ("shown", 200.0)
+    assert (asked.verdict, asked.limit, asked.new) == ("n/a", "5 %", None)
+    assert "add --remeasure" in asked.why
+
+
+def test_the_first_line_counts_what_was_not_judged() -> None:
+    old, new = pair("int8")
+    old["artifacts"][0]["macs"] = None
+    timed = {"int8": {"verdict": "inconclusive", "why": "?", "target": "cpu", "value": 1.04}}
+    result = compare(old, new, limits("size=1%,params=0,macs=0,latency=5%"), timed)
+    assert result.said == "passes: 2 figures hold their limits; 1 inconclusive; 1 not judged"
+    assert compare(old, new, limits("size=1%")).said == "passes: 1 figures hold their limits"
+
+
+@pytest.mark.parametrize(
+    ("limit", "why"),
+    [
+        ("latency=5%", "latency 5 %: times of two days tell nothing, add --remeasure"),
+        ("memory=10%", "memory 10 %: not measured in both on one target"),
+        ("macs=0", "macs 0: OLD has none"),
+        ("latency=5%,macs=0", "add --remeasure"),
+    ],
+)
+def test_nothing_judged_is_no_pass(limit: str, why: str) -> None:
+    old, new = pair()
+    for made in old["artifacts"]:
+        made["macs"] = None
+    if limit.startswith("memory"):
+        old["measurements"] = []
+    result = compare(old, new, limits(limit))
+    assert result.to_json()["passes"] is False
+    with pytest.raises(InputError) as refused:
+        result.check()
+    assert str(refused.value).startswith("nothing was judged: ")
+    # Each reason once, however many variants there are.
+    assert str(refused.value).count(why) == 1
+    # A variant that is missing is judged all the same.
+    new["artifacts"] = []
+    with pytest.raises(BudgetError):
+        compare(old, new, limits(limit)).check()
 
 
 def test_memory_and_kernels_are_judged_where_asked() -> None:
@@ -362,6 +416,38 @@ def test_other_files_are_refused_by_the_report(tmp_path: Path) -> None:
 def test_numbers_are_finite_or_nothing(value: float) -> None:
     kept = number(value)
     assert kept == value if abs(value) < float("inf") else kept is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "-1"], "--seed -1: give 0 or more"),
+        (["--bench-time", "x"], "--bench-time 'x': choose from quick"),
+        (["--input", "x=4"], "--input 'x=4': nothing is fed without --remeasure"),
+    ],
+)
+def test_the_command_refuses_before_it_reads(words: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["compare", "no-old", "no-new", *words])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing was judged: size 1 %: OLD has none"),
+        (["--remeasure"], "--remeasure: OLD is the JSON of benchmarks, which holds no models"),
+    ],
+)
+def test_the_command_says_what_benchmarks_do_not_hold(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
+    held = ours("fp32")
+    held["artifacts"][0] |= {"size_bytes": None, "params": None, "macs": None}
+    path = benchmarks(tmp_path / "one.json", test_a=held)
+    result = CliRunner().invoke(app, ["compare", str(path), str(path), *words])
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 def test_the_gate_imports_no_runtime() -> None:
