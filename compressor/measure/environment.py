@@ -98,8 +98,12 @@ def cpu() -> dict[str, Any]:
     return {"model": model, "features": features, "cores": cores()}
 
 
+def affinity() -> list[int] | None:
+    """The cores that this process and its workers may run on, as ``taskset`` sets them; ``None``
+    where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many cores this process may run on."""
+    return len(affinity() or ()) or os.cpu_count() or 1

@@ -200,6 +200,7 @@ def _burden(run: Timed, seconds: float, seed: int, observed: Observed) -> None:
         )
         points.append(
             {
+                "share": share,
                 "offered_per_s": share * served,
                 "served_per_s": count * run.target.batch / (answer["elapsed_ns"] / 1e9),
                 **{name: found[name] for name in ("p50", "p90", "p99", "n")},

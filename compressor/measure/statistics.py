@@ -61,8 +61,7 @@ def speedup(
     """How many times faster ``blocks`` are: ratio of medians, with a 95 % bootstrap interval.
 
     Both hold the same number of blocks, taken in the same rounds; ``processes`` says how many
-    rounds each start of the processes took, in order: the ratio is then the geometric mean of
-    theirs. The bootstrap is hierarchical: rounds are
+    rounds each start of the processes took, in order. The bootstrap is hierarchical: rounds are
     drawn again in pairs within each process, so that what slowed a whole round down touches both
     sides, and every draw is moved by what another start could change. Two or three starts cannot be
     drawn again honestly (they would seem to vary less than they do), so that part is drawn from
@@ -75,12 +74,11 @@ def speedup(
     rounds = min(len(reference), len(blocks))
     starts = _starts(processes or (rounds,), rounds)
     rng = np.random.default_rng(seed)
-    value, logs = 0.0, np.zeros(RESAMPLES)
-    for start, end in starts:
-        drawn = rng.integers(0, end - start, (RESAMPLES, end - start))
-        ours, theirs = reference[start:end], blocks[start:end]
-        value += math.log(_median(ours) / _median(theirs)) / len(starts)
-        logs += np.log(_medians(ours, drawn) / _medians(theirs, drawn)) / len(starts)
+    value = math.log(_median(reference[:rounds]) / _median(blocks[:rounds]))
+    drawn = np.concatenate(
+        [rng.integers(start, end, (RESAMPLES, end - start)) for start, end in starts], axis=1
+    )
+    logs = np.log(_medians(reference[:rounds], drawn) / _medians(blocks[:rounds], drawn))
     if processes:
         moved = rng.standard_t(PRIOR + len(starts) - 1, RESAMPLES)
         moved *= _restarting(reference, blocks, starts)
@@ -107,14 +105,16 @@ def _starts(processes: Sequence[int], rounds: int) -> list[tuple[int, int]]:
 
 
 def _restarting(reference: Blocks, blocks: Blocks, starts: Sequence[tuple[int, int]]) -> float:
-    """Standard error of the log ratio that the choice of processes makes."""
+    """Standard error of the log ratio of medians that the choice of processes makes."""
     freedom, seen = len(starts) - 1, 0.0
     if freedom:
         logs = [_log_ratios(reference, blocks, *span) for span in starts]
         inside = statistics.fmean(_error(each) ** 2 for each in logs)
         seen = max(0.0, statistics.variance(each.mean() for each in logs) - inside)
     variance = (PRIOR * RESTART**2 + freedom * seen) / (PRIOR + freedom)
-    return math.sqrt(variance / len(starts))
+    # A median over a few starts varies by up to so much more than their mean.
+    factor = math.sqrt(math.pi / 2) if freedom else 1.0
+    return factor * math.sqrt(variance / len(starts))
 
 
 def _log_ratios(reference: Blocks, blocks: Blocks, start: int, end: int) -> NDArray[np.float64]:

@@ -206,7 +206,7 @@ def _file(artifact: Artifact, target: Target) -> Path:
     if target.runtime not in TORCH:
         return artifact.path.resolve()
     if artifact.source is None:
-        raise WorkerFailed(f"{artifact.name} has no PyTorch form: it was made from ONNX")
+        raise WorkerFailed("it has no PyTorch form: it was made from ONNX")
     return artifact.source.resolve()
 
 

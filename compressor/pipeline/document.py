@@ -12,7 +12,7 @@ from typing import Any
 from compressor.artifact import Artifact, replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
-from compressor.measure.environment import absent, environment
+from compressor.measure.environment import absent, affinity, environment
 from compressor.measurement import SETTINGS, TORCH, Measurement, Target
 from compressor.metrics import METRICS
 from compressor.pipeline import damage, verdict
@@ -95,7 +95,10 @@ def machine(measured: Measured, primary: Target) -> Row:
         **environment(),
         "load": measured.load,
         "providers": measured.providers,
-        "threads": {"spinning": SETTINGS["session.intra_op.allow_spinning"] == "1"},
+        "threads": {
+            "spinning": SETTINGS["session.intra_op.allow_spinning"] == "1",
+            "affinity": affinity(),
+        },
         "noise_floor": measured.floors.get(primary),
     }
 

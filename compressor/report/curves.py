@@ -214,7 +214,7 @@ def percentile(document: Document) -> str:
 def _shares(row: Record) -> list[float]:
     """The offered rates as shares of the throughput that was measured without a pause."""
     whole = row["throughput_per_s"] or math.inf
-    return [point["offered_per_s"] / whole for point in row["load_curve"]]
+    return [point.get("share", point["offered_per_s"] / whole) for point in row["load_curve"]]
 
 
 def delays(document: Document) -> str:

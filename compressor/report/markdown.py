@@ -86,8 +86,8 @@ def _blocks(document: Document) -> Iterator[str]:
     if delays := curves.delays(document):
         yield "## Load"
         yield (
-            "One stretch of requests that come at random and wait their turn: the time from arrival "
-            "to answer, by the rate offered as a share of the throughput without pauses."
+            "One stretch of requests that come at random and wait their turn: the time from "
+            "arrival to answer, by the rate offered as a share of the throughput without pauses."
         )
         yield _image(document, "Latency against the rate offered", "load.png")
         yield delays
