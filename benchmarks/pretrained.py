@@ -68,8 +68,8 @@ def minilm() -> nn.Module:
     """MiniLM-L6-v2 that says which of 64 docstrings is the nearest to a sentence."""
     encoder, parts = _minilm()
     given = (torch.from_numpy(part[-DOCUMENTS:]) for part in parts["calibrate"][0])
-    with torch.inference_mode():
-        documents = encoder(*given).clone()
+    with torch.no_grad():
+        documents = encoder(*given)
     return Nearest(encoder, documents).eval()
 
 

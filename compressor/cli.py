@@ -35,6 +35,26 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 
+# Flags of several commands: each is declared once.
+
+Arch = Annotated[
+    str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds the model")
+]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        help=f"where to measure, first is primary: {', '.join(PLACES)} (default: cpu, cuda, and "
+        "openvino where it is installed; with more time torch)"
+    ),
+]
+Batch = Annotated[str, typer.Option(help="batch sizes to measure")]
+Threads = Annotated[
+    str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
+]
+BenchTime = Annotated[str, typer.Option(help="quick | normal | full")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="start over in a folder in use")]
+Debug = Annotated[bool, typer.Option("--debug", help="tracebacks")]
+
 
 @app.command()
 def run(
@@ -45,9 +65,7 @@ def run(
             help="digits, mnist:DIR, arrays:FILE.npz, PKG.MOD:FUNCTION, ./file.py:function"
         ),
     ] = None,
-    arch: Annotated[
-        str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds the model")
-    ] = None,
+    arch: Arch = None,
     recipe: Annotated[Path | None, typer.Option(help="steps from a TOML file")] = None,
     prune: Annotated[
         str | None,
@@ -72,23 +90,15 @@ def run(
         typer.Option(help="seconds after which searches end with the best that they have"),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="the metric that the budget uses")] = None,
-    provider: Annotated[
-        str | None,
-        typer.Option(
-            help=f"where to measure, first is primary: {', '.join(PLACES)} (default: cpu, cuda, "
-            "and openvino where it is installed)"
-        ),
-    ] = None,
-    batch: Annotated[str, typer.Option(help="batch sizes to measure")] = "1",
-    threads: Annotated[
-        str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
-    ] = None,
-    bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
+    provider: Provider = None,
+    batch: Batch = "1",
+    threads: Threads = None,
+    bench_time: BenchTime = "quick",
     out: Annotated[Path | None, typer.Option(help="folder (default reports/MODEL)")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over in a folder in use")] = False,
+    fresh: Fresh = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the steps and stop")] = False,
     seed: Annotated[int, typer.Option(help="of splits, training and sampling")] = 0,
-    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Prune, recover, quantize, export and measure a model; write the report."""
     with guarded(debug):
@@ -141,9 +151,7 @@ def bench(
     data: Annotated[
         str | None, typer.Option(help="as for run; without it, what the first file names")
     ] = None,
-    arch: Annotated[
-        str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds a model")
-    ] = None,
+    arch: Arch = None,
     inputs: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,18 +161,14 @@ def bench(
         ),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="the metric to judge by")] = None,
-    provider: Annotated[
-        str | None, typer.Option(help=f"where to measure, first is primary: {', '.join(PLACES)}")
-    ] = None,
-    batch: Annotated[str, typer.Option(help="batch sizes to measure")] = "1",
-    threads: Annotated[
-        str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
-    ] = None,
-    bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
+    provider: Provider = None,
+    batch: Batch = "1",
+    threads: Threads = None,
+    bench_time: BenchTime = "quick",
     out: Annotated[Path | None, typer.Option(help="folder (default reports/bench)")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="start over in a folder in use")] = False,
+    fresh: Fresh = False,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
-    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Measure files side by side; the first is the reference."""
     with guarded(debug):
@@ -208,11 +212,11 @@ def compare(
             help="NAME=SHAPE[:DTYPE[<HIGH]] for --remeasure, as for bench (default: as before)",
         ),
     ] = None,
-    bench_time: Annotated[str, typer.Option(help="quick | normal | full")] = "quick",
+    bench_time: BenchTime = "quick",
     seed: Annotated[int, typer.Option(help="of inputs and sampling")] = 0,
     markdown: Annotated[bool, typer.Option("--markdown", help="the table for a page")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """The gate: fail where NEW is worse than OLD by more than the limits."""
     with guarded(debug):
@@ -259,7 +263,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="the file to write")] = Path("model.pt"),
     seed: Annotated[int, typer.Option()] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="train again over an old file")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train a zoo model on real data and write a model.pt that describes itself."""
     with guarded(debug):
@@ -289,9 +293,7 @@ def inspect(
     data: Annotated[
         str | None, typer.Option(help="as for run; without it, what the file names")
     ] = None,
-    arch: Annotated[
-        str | None, typer.Option(help="PKG.MOD:FACTORY or ./file.py:factory that builds the model")
-    ] = None,
+    arch: Arch = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="what zeroing a part of each group alone costs")
     ] = False,
@@ -301,7 +303,7 @@ def inspect(
         Path | None,
         typer.Option(help="folder of the curves (default reports/MODEL-sensitivity)"),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Say what a model is, what can be pruned and quantized, and (--sensitivity) what hurts."""
     with guarded(debug):
@@ -330,7 +332,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="FILE.md for a comparison; its picture lies beside it")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="tracebacks")] = False,
+    debug: Debug = False,
 ) -> None:
     """Render a report again from report.json, or put several runs into one comparison."""
     with guarded(debug):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from compressor.measure import environment as facts
-from compressor.measure.environment import absent, cores, cpu, environment
+from compressor.measure.environment import absent, affinity, cores, cpu, environment
 from compressor.measurement import PROVIDERS, SETTINGS, TORCH, Target
 from compressor.stages.quantize.kernels import codes
 
@@ -51,6 +51,7 @@ def test_cores_are_those_that_this_process_may_use() -> None:
     if not hasattr(os, "sched_setaffinity"):
         pytest.skip("no affinity on this system")
     assert cores() == len(os.sched_getaffinity(0))
+    assert affinity() == sorted(os.sched_getaffinity(0))
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

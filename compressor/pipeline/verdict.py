@@ -307,7 +307,7 @@ def choose(
         why[best] = f"held the budget on validate but drops {lost['value']:.4f} on test"
     lagging = "is not faster" if best == reference else f"was not chosen: {best} was faster"
     for name in fit:
-        why.setdefault(name, f"holds the budget but {lagging}")
+        why.setdefault(name, f"holds the budget on validate but {lagging}")
     reasons = "; ".join(f"{name} {reason}" for name, reason in why.items())
     return Choice(
         reference,

@@ -57,7 +57,7 @@ def chosen(rows: list[dict[str, Any]], validated: Any, tested: Any = None) -> tu
         # Slower is never chosen.
         ([row("a", 20, "slower")], drops(a=0), None, "baseline", False, "a is slower (0.50x)"),
         # Something else qualifies, but nothing is faster: the budget holds all the same.
-        ([row("a", 10.001, "same")], drops(a=0), None, "baseline", True, "a holds the budget but"),
+        ([row("a", 10.001, "same")], drops(a=0), None, "baseline", True, "a holds the budget on validate but"),
         # Chosen on validate, failed on test: judged once, nothing else is tried.
         (
             [row("a", 3), row("b", 5)],
@@ -65,7 +65,7 @@ def chosen(rows: list[dict[str, Any]], validated: Any, tested: Any = None) -> tu
             drops(a=0.02, b=0),
             "baseline",
             False,
-            "b holds the budget but was not chosen: a was faster",
+            "b holds the budget on validate but was not chosen: a was faster",
         ),
         ([], drops(), None, "baseline", True, "no steps"),
     ],
