@@ -214,7 +214,7 @@ def test_a_file_is_tried_as_it_is_measured(tmp_path: Path, monkeypatch: pytest.M
     assert (asked[0]["disabled"], asked[0]["inputs"]) == (["MatMulAddFusion"], 1)
 
     eager = bench._replace(target=Target("torch"))
-    with pytest.raises(WorkerFailed, match="one has no PyTorch form: it was made from ONNX"):
+    with pytest.raises(WorkerFailed, match="one: it has no PyTorch form: it was made from ONNX"):
         plugin._tried(eager)
 
 
