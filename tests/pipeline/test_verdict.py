@@ -57,7 +57,14 @@ def chosen(rows: list[dict[str, Any]], validated: Any, tested: Any = None) -> tu
         # Slower is never chosen.
         ([row("a", 20, "slower")], drops(a=0), None, "baseline", False, "a is slower (0.50x)"),
         # Something else qualifies, but nothing is faster: the budget holds all the same.
-        ([row("a", 10.001, "same")], drops(a=0), None, "baseline", True, "a holds the budget on validate but"),
+        (
+            [row("a", 10.001, "same")],
+            drops(a=0),
+            None,
+            "baseline",
+            True,
+            "a holds the budget on validate but",
+        ),
         # Chosen on validate, failed on test: judged once, nothing else is tried.
         (
             [row("a", 3), row("b", 5)],
