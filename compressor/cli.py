@@ -220,14 +220,11 @@ def compare(
 ) -> None:
     """The gate: fail where NEW is worse than OLD by more than the limits."""
     with guarded(debug):
-        from compressor.measure.protocol import PROCESSES, SECONDS
+        from compressor.measure.protocol import PROCESSES, SECONDS, check
         from compressor.report import gate
 
         allowed = gate.limits(fail_on, remeasure=remeasure)
-        if seed < 0:
-            raise InputError(f"--seed {seed}: give 0 or more")
-        if bench_time not in SECONDS:
-            raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+        check(bench_time, seed)
         if inputs and not remeasure:
             raise InputError(f"--input {inputs[0]!r}: nothing is fed without --remeasure: add it")
         before, after = gate.read(old), gate.read(new)

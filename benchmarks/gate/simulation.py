@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.pipeline import remeasure
 from compressor.pipeline.remeasure import PROCESSES, Look, slowdown, slower
 from compressor.report.table import render
 
@@ -216,9 +217,11 @@ def main() -> None:
     asks.add_argument("--trials", type=int, default=200, help="of each cell (default 200)")
     asks.add_argument("--gates", nargs="+", choices=list(GATES), default=list(GATES))
     asks.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
+    asks.add_argument("--more", type=int, default=remeasure.MORE, help="looks added in doubt")
     asks.add_argument("--seed", type=int, default=0)
     asks.add_argument("--out", type=Path, help="JSON of the counts")
     given = asks.parse_args()
+    remeasure.MORE = given.more
     began, cells = time.monotonic(), []
     print(f"% of {given.trials} trials that failed at a limit of {LIMIT:.0%}, [95 % interval]\n")
     for name in given.gates:

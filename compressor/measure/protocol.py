@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from compressor.artifact import Artifact
-from compressor.errors import one_line
+from compressor.errors import InputError, one_line
 from compressor.measure.placement import placement
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.statistics import Blocks, summary
@@ -84,6 +84,14 @@ class Observed:
             for one in self.measurements
             if one.quantity == "latency_ms" and not one.skipped
         }
+
+
+def check(bench_time: str, seed: int) -> None:
+    """Raises :class:`InputError` for a ``--bench-time`` or ``--seed`` that does not exist."""
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give 0 or more")
+    if bench_time not in SECONDS:
+        raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
 
 
 def observe(

@@ -17,8 +17,8 @@ from compressor.errors import InputError
 from compressor.loading import task as tasks
 from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
+from compressor.measure import protocol
 from compressor.measure.environment import cores, installed
-from compressor.measure.protocol import SECONDS
 from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import verdict
@@ -80,10 +80,7 @@ def run(
     stage fails (artifacts finished before it are kept and reused by the next run).
     """
     began = time.monotonic()
-    if seed < 0:
-        raise InputError(f"--seed {seed}: give 0 or more")
-    if bench_time not in SECONDS:
-        raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+    protocol.check(bench_time, seed)
     targets = targets_of(provider, batch, threads, bench_time)
     if max_drop is not None and not 0 <= max_drop < float("inf"):
         raise InputError(f"--max-drop {max_drop!r}: give a number of 0 or more, such as 0.01")

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact import Artifact, digest
-from compressor.errors import InputError, StageError
+from compressor.errors import StageError
 from compressor.loading import onnxfile
 from compressor.loading.onnxfile import OnnxFile
-from compressor.measure import counting
+from compressor.measure import counting, protocol
 from compressor.measure.environment import absent
-from compressor.measure.protocol import SECONDS
 from compressor.measurement import Target
 from compressor.pipeline import MAX_DROP, Progress, data_digest, silent, targets_of, verdict
 from compressor.pipeline.document import (
@@ -74,10 +73,7 @@ def bench(
     Raises :class:`InputError` before any work when an argument is wrong or no file can be read and
     fed, :class:`StageError` when none of the models can be exported.
     """
-    if seed < 0:
-        raise InputError(f"--seed {seed}: give 0 or more")
-    if bench_time not in SECONDS:
-        raise InputError(f"--bench-time {bench_time!r}: choose from {', '.join(SECONDS)}")
+    protocol.check(bench_time, seed)
     targets = targets_of(provider, batch, threads)
     entries, given = read(models, data, arch, metric, kind, onnxfile.asked(inputs), batch, seed)
     fingerprint = key_of(
