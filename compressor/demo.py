@@ -16,9 +16,10 @@ from compressor.loading import checkpoint
 from compressor.loading.checkpoint import ZOO
 from compressor.loading.task import SPLIT_SEED
 from compressor.metrics import metric_of
-from compressor.stages.losses import LOSSES
-from compressor.stages.training import Epoch, evaluate, fit
 from compressor.task import Kind, Split
+from compressor.training.evaluation import evaluate
+from compressor.training.loop import Epoch, fit
+from compressor.training.losses import LOSSES
 
 
 @dataclass(frozen=True)

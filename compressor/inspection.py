@@ -22,13 +22,13 @@ from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.counting import macs, params
 from compressor.measure.shapes import layers_of
+from compressor.measure.threads import one_thread
 from compressor.report import inspected, plots
 from compressor.report.inspected import FEW
 from compressor.report.table import plain
 from compressor.stages.prune import Sound, sensitivities
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.sensitivity import SHARES, Curve
-from compressor.stages.threads import one_thread
 from compressor.task import Task
 
 Document = dict[str, Any]

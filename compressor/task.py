@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Kind = Literal["classification", "binary", "multilabel", "regression", "segmentation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+UNLABELLED = -1
+"""Stands for the label of a training example that has none; NaN where targets are floats."""
+
 Array = NDArray[Any]
 Inputs = tuple[Array, ...]
 Batch = tuple[Inputs, Array]

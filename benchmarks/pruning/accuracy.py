@@ -33,12 +33,12 @@ from torch import nn
 from compressor.loading import torchfile
 from compressor.measure.counting import macs
 from compressor.measure.statistics import drop, speedup
+from compressor.measure.threads import one_thread
 from compressor.stages.distill import distill
-from compressor.stages.losses import LOSSES
 from compressor.stages.prune import prune
-from compressor.stages.threads import one_thread
-from compressor.stages.training import fit
 from compressor.task import Task
+from compressor.training.loop import fit
+from compressor.training.losses import LOSSES
 
 TIMED = ("cnn", "resnet18", "mobilenet_v2")
 """Models whose pruning is timed: the first seed's cnn, the others untrained, of 224x224 images."""

@@ -30,9 +30,9 @@ from compressor.artifact import Artifact, digest
 from compressor.demo import demo
 from compressor.loading import task as tasks
 from compressor.stages.export import export
-from compressor.stages.losses import LOSSES
-from compressor.stages.training import fit
 from compressor.task import Array, Batch, Input, Inputs, Kind, Split, Splits, Task
+from compressor.training.loop import fit
+from compressor.training.losses import LOSSES
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "pruning"))
 import peers  # the pruning benchmarks' models and cells

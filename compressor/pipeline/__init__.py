@@ -19,6 +19,7 @@ from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure import protocol
 from compressor.measure.environment import cores, installed
+from compressor.measure.threads import one_thread
 from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import verdict
@@ -30,7 +31,6 @@ from compressor.pipeline.verdict import Row
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.report import Report
 from compressor.stages import bind, fitting
-from compressor.stages.threads import one_thread
 from compressor.task import Kind, Splits, Task
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from compressor.artifact import Torch
 from compressor.errors import Unsuitable
 from compressor.loading import torchfile
 from compressor.loading.task import first
-from compressor.stages.losses import LOSSES
 from compressor.stages.mask import held
-from compressor.stages.training import Epoch, fit
 from compressor.task import Task
+from compressor.training.loop import Epoch, fit
+from compressor.training.losses import LOSSES
 
 EXAMPLES = 60_000
 """Without ``epochs``: so many that about this many examples are seen ..."""

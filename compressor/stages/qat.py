@@ -23,8 +23,8 @@ from compressor.stages.distill import epochs_for, recover
 from compressor.stages.mask import held
 from compressor.stages.quantize import calibration
 from compressor.stages.quantize.kernels import codes
-from compressor.stages.training import evaluate
 from compressor.task import Task
+from compressor.training.evaluation import evaluate
 
 SHARE = 3
 """Without ``epochs``: recovery's, divided by this."""

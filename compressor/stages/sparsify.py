@@ -14,14 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.artifact import Torch
 from compressor.errors import Unsuitable
 from compressor.loading import torchfile
+from compressor.measure.threads import one_thread
 from compressor.stages.distill import epochs_for, taught
 from compressor.stages.mask import held
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.rewriting import attentions
 from compressor.stages.prune.sound import Sound
-from compressor.stages.threads import one_thread
-from compressor.stages.training import Epoch, fit
 from compressor.task import Task
+from compressor.training.loop import Epoch, fit
 
 STRENGTH = {"bn": 1e-4, "group": 3e-3}
 """Without ``strength``. Network Slimming's own for scales; for groups, 1e-4 did nothing on a CNN

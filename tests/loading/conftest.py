@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    from compressor.stages.threads import one_thread
+    from compressor.measure.threads import one_thread
 
     with one_thread():
         yield

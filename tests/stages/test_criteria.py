@@ -15,10 +15,10 @@ from standing import settled, task_of
 from torch import Tensor, nn
 
 from compressor.errors import InputError, StageError
-from compressor.stages.losses import LOSSES
 from compressor.stages.prune.criteria import CRITERIA, scored
 from compressor.stages.prune.group import Group, Slice, Unit
 from compressor.task import Array, Kind, Split, Splits, Task
+from compressor.training.losses import LOSSES
 
 NEED_DATA = ("taylor", "hessian", "activation")
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from compressor import Split, Splits, StageError, Task, Unsuitable
 from compressor.loading import torchfile
 from compressor.stages import distill, prune
-from compressor.stages.losses import LOSSES, softened
-from compressor.stages.training import evaluate, fit
 from compressor.task import Kind
+from compressor.training.evaluation import evaluate
+from compressor.training.loop import fit
+from compressor.training.losses import LOSSES, softened
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((200, 4)).astype(np.float32)

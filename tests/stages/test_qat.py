@@ -26,7 +26,8 @@ from compressor.stages.export import export, exported
 from compressor.stages.prune import prune
 from compressor.stages.qat import folded, qat
 from compressor.stages.quantize import quantize
-from compressor.stages.training import evaluate, fit
+from compressor.training.evaluation import evaluate
+from compressor.training.loop import fit
 from compressor.zoo.mobilenet import InvertedResidual, unit
 
 RNG = np.random.default_rng(0)

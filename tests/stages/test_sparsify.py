@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from compressor import Artifact, Task, Unsuitable, data
 from compressor.loading import torchfile
 from compressor.stages import distill, prune
-from compressor.stages.losses import LOSSES
 from compressor.stages.mask import mask
 from compressor.stages.prune import Sound
 from compressor.stages.sparsify import SMALL, scales_of, sparsify, units_of
-from compressor.stages.training import evaluate, fit
+from compressor.training.evaluation import evaluate
+from compressor.training.loop import fit
+from compressor.training.losses import LOSSES
 
 IMAGE = (1, 8, 8)
 RNG = np.random.default_rng(0)

@@ -17,6 +17,7 @@ from compressor.errors import InputError, Unsuitable
 from compressor.loading import torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.measure.costs import Dtype
+from compressor.measure.threads import one_thread
 from compressor.stages.distill import recover
 from compressor.stages.mask import held
 from compressor.stages.prune.criteria import NEED_DATA, scored
@@ -26,7 +27,6 @@ from compressor.stages.prune.search import Search, searched
 from compressor.stages.prune.sensitivity import Curve, curves
 from compressor.stages.prune.sound import Sound
 from compressor.stages.prune.targets import QUANTITIES, Quantity
-from compressor.stages.threads import one_thread
 from compressor.task import Task
 
 __all__ = ["Curve", "Sound", "asked", "prune", "sensitivities", "suited"]

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError, StageError
 from compressor.loading.task import first
-from compressor.stages.losses import LOSSES
 from compressor.stages.prune.group import Group, Unit
 from compressor.task import Batch, Task
+from compressor.training.losses import LOSSES
 
 EXAMPLES = 256
 """At most so many examples of ``calibrate`` are read."""

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from compressor.loading.task import tensors
 from compressor.measure.counting import macs
+from compressor.measure.threads import threads_for
 from compressor.metrics import METRICS
-from compressor.stages.losses import LOSSES
 from compressor.stages.prune.cutting import units
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.ranking import Scores, chosen
-from compressor.stages.threads import threads_for
 from compressor.task import Array, Inputs, Task
+from compressor.training.losses import LOSSES
 
 SHARES = (0.25, 0.5, 0.75)
 """Parts of a group's units that are cut, one after the other."""

@@ -14,8 +14,8 @@ from compressor.measure.environment import cores
 from compressor.measure.fidelity import FLOOR_DB, fidelity
 from compressor.metrics import METRICS
 from compressor.stages.graph import opened
-from compressor.stages.training import scores
 from compressor.task import Array, Inputs, Task
+from compressor.training.evaluation import scores
 
 if TYPE_CHECKING:
     import onnx_ir as ir
