@@ -19,7 +19,7 @@ import typer
 from compressor import __version__
 from compressor.errors import BudgetError, CompressorError, InputError, StageError, one_line
 from compressor.measurement import PLACES
-from compressor.recipe import QUANTIZE
+from compressor.recipe import LOGS, QUANTIZE
 
 if TYPE_CHECKING:
     from compressor.pipeline import Progress
@@ -82,6 +82,48 @@ def run(
         bool, typer.Option("--distill/--no-distill", help="recover with the original as teacher")
     ] = True,
     quantize: Annotated[str | None, typer.Option(help=" | ".join(QUANTIZE))] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="a model to learn from instead of MODEL (repeatable: their mean)"),
+    ] = None,
+    teacher_arch: Annotated[
+        str | None, typer.Option(help="as --arch, for teachers that are weights only")
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(help="PKG.MOD:FACTORY of another architecture that learns from MODEL"),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="what recovery minimises: kd, dkd, dist, hint, attention, mse, labels, "
+            "PKG.MOD:FUNCTION, or several: labels=0.3,hint=0.7"
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="such as flip,crop=4: flip, crop, rotate, color, noise, erase, randaugment, "
+            "augmix, PKG.MOD:FUNCTION"
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(help="cross-validate the recovery in so many parts")
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE, a further setting of the recovery (repeatable)"),
+    ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help=f"of training (repeatable): {', '.join(LOGS)}"),
+    ] = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="judge under noise, blur and attacks, too")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="fail unless torchrun started so many")
+    ] = None,
     max_drop: Annotated[
         float | None, typer.Option(help="budget: accuracy that may be lost (default 0.01)")
     ] = None,
@@ -89,7 +131,9 @@ def run(
         float | None,
         typer.Option(help="seconds after which searches end with the best that they have"),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="the metric that the budget uses")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="the metric that the budget uses, or PKG.MOD:FUNCTION")
+    ] = None,
     provider: Provider = None,
     batch: Batch = "1",
     threads: Threads = None,
@@ -111,11 +155,14 @@ def run(
             "quantize": quantize,
         }
         from compressor import pipeline
+        from compressor import recipe as recipes
 
+        settings = recipes.training(train or ())
         if dry_run:
-            from compressor.recipe import write
-
-            print(write(pipeline.plan(**flags), _command()), end="")
+            own: dict[str, Any] = {}
+            asked = pipeline.own.training(loss, augment or (), folds, settings, own)
+            planned = pipeline.plan(**flags, student=student, train=asked)
+            print(recipes.write(planned, _command()), end="")
             return
         with progress() as shown:
             report = pipeline.run(
@@ -123,6 +170,16 @@ def run(
                 data=data,
                 arch=arch,
                 **flags,
+                teacher=teacher or (),
+                teacher_arch=teacher_arch,
+                student=student,
+                loss=loss,
+                augment=augment or (),
+                folds=folds,
+                train=settings,
+                log=log or (),
+                robustness=robustness,
+                processes=processes,
                 max_drop=max_drop,
                 time_budget=time_budget,
                 metric=metric,
@@ -136,6 +193,8 @@ def run(
                 command=_command(),
                 progress=shown,
             )
+        if int(os.environ.get("RANK", "0")):
+            return  # the first process of several has said it
         _show(report)
         if missed := report.document.get("missed"):
             raise BudgetError(f"--prune: out of reach: {'; '.join(missed)}")
@@ -265,6 +324,7 @@ def demo(
     """Train a zoo model on real data and write a model.pt that describes itself."""
     with guarded(debug):
         from compressor import demo as training
+        from compressor.training.logs import line
 
         with progress() as shown:
             trained = training.demo(
@@ -274,7 +334,9 @@ def demo(
                 out=out,
                 seed=seed,
                 fresh=fresh,
-                progress=lambda epoch, of, facts: shown(epoch, of, f"training {model}"),
+                shown=lambda facts, of, seconds: shown(
+                    int(facts["epoch"]), of, f"training {model}: {line(facts, of, seconds)}"
+                ),
             )
         if trained.existed:
             _say(f"{trained.path} was trained by this very command; --fresh trains it again")

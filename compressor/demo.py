@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from compressor.errors import InputError
 from compressor.loading import checkpoint
 from compressor.loading.checkpoint import ZOO
 from compressor.loading.task import SPLIT_SEED
-from compressor.metrics import metric_of
+from compressor.metrics import METRICS, metric_of
 from compressor.task import Kind, Split
 from compressor.training.evaluation import evaluate
-from compressor.training.loop import Epoch, fit
-from compressor.training.losses import LOSSES
+from compressor.training.loop import Epoch, Watch, fit
+from compressor.training.recovery import from_labels
+from compressor.training.settings import Training
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def demo(
     out: str | Path = "model.pt",
     seed: int = 0,
     fresh: bool = False,
-    progress: Callable[[int, int, Epoch], None] = lambda epoch, epochs, facts: None,
+    shown: Callable[[Epoch, int, float], None] = lambda facts, epochs, seconds: None,
 ) -> Trained:
     """Trains the zoo's ``model`` and writes a self-describing file to ``out``.
 
@@ -81,20 +83,17 @@ def demo(
     torch.manual_seed(seed)
     network = zoo.build(model, arguments)
     metric = metric_of(given.kind)
-    labels = LOSSES[given.kind].labels
+    how = METRICS[given.kind][metric]
     fit(
         network,
         given.splits,
-        lambda outputs, inputs, targets: labels(outputs, targets),
-        kind=given.kind,
-        metric=metric,
-        epochs=epochs or entry.epochs,
-        learning_rate=entry.learning_rate,
-        batch_size=64,
+        from_labels(given.kind),
+        Training(epochs=epochs or entry.epochs, learning_rate=entry.learning_rate),
+        metric=(metric, how),
         seed=seed,
-        progress=progress,
+        watching=lambda resumed: nullcontext(Watch(shown)),
     )
-    value = evaluate(network, given.splits.test, given.kind, metric)
+    value = evaluate(network, given.splits.test, how)
     examples = len(given.splits.test)
     about = {"demo": asked, "metric": metric, "value": value, "examples": examples}
     checkpoint.save(

@@ -7,7 +7,8 @@
     │   └── ProviderAbsent    -   measure.runtime: an execution provider is not there
     ├── BudgetError           1   a budget that was asked for does not hold
     ├── StageError            3   a stage failed; what was finished before it is kept
-    │   └── Unsuitable        -   a stage has nothing to do on this model
+    │   ├── Unsuitable        -   a stage has nothing to do on this model
+    │   └── Lost              -   training.world: another process of the run died
     └── WorkerFailed          -   measure.process: a worker died, hung or gave an error
 
 Those without an exit code become a row with the reason, and the run goes on.

@@ -24,10 +24,14 @@ QUANTIZE: dict[str, tuple[str, ...]] = {
 """What ``--quantize`` may say, and what it tries, each its own step: schemes of the stage
 ``quantize``, or the stage ``qat``, which trains."""
 
+LOGS = ("csv", "json", "tensorboard", "wandb", "mlflow", "trace")
+"""What ``--log`` may say: what training is written to. ``trace`` is a profiler's of a few steps."""
+
 PRUNE = ("ratio", "macs", "params", "size", "latency", "widths")
 """Settings of pruning that say how much; ``--prune`` replaces all of them."""
 
 NAMES = {
+    "student": "student",
     "prune": "pruned",
     "distill": "recovered",
     "sparsify": "sparsified",
@@ -110,10 +114,13 @@ def edited(
     epochs: int | None = None,
     distill: bool = True,
     quantize: str | None = None,
+    student: str | None = None,
+    train: Mapping[str, Any] = {},
 ) -> list[Step]:
     """The steps after the flags: a flag changes the steps it speaks of, or adds the one it needs.
 
-    ``epochs`` of 0 drops the recovery. Without steps this is the recipe of the flags alone.
+    ``epochs`` of 0 drops the recovery; ``train`` holds other settings of it. Without steps this is
+    the recipe of the flags alone.
     """
     if quantize is not None and quantize not in QUANTIZE:
         raise InputError(f"--quantize {quantize!r} is unknown: choose from {', '.join(QUANTIZE)}")
@@ -122,16 +129,22 @@ def edited(
         raise InputError(f"--keep {keep[0]!r} has no pruning to keep it from: add --prune R")
     if prune is not None and not any(step.stage == "prune" for step in changed):
         changed = _inserted(changed, 0, Step("prune", name=NAMES["prune"], source=BASELINE))
+    if student is not None:
+        changed = _without(changed, "student")
+        changed = _inserted(changed, 0, Step("student", {"factory": student}, "student", BASELINE))
     if prune is not None and not steps and epochs is None:
         changed.append(Step("distill"))
-    if epochs and not any(step.stage == "distill" for step in changed):
-        after = [at for at, step in enumerate(changed) if step.stage == "prune"]
+    trains = bool(epochs or (epochs is None and (train or student)))
+    if train and epochs == 0:
+        raise InputError(f"--epochs 0: nothing is trained, so {next(iter(train))} has no use")
+    if trains and not any(step.stage == "distill" for step in changed):
+        after = [at for at, step in enumerate(changed) if step.stage in ("student", "prune")]
         source = changed[after[-1]].name if after else BASELINE
         made = Step("distill", name=NAMES["distill"], source=source)
         changed = _inserted(changed, after[-1] + 1 if after else 0, made)
     if epochs == 0:
         changed = _without(changed, "distill")
-    flags: dict[str, dict[str, Any]] = {"prune": {}, "distill": {}}
+    flags: dict[str, dict[str, Any]] = {"prune": {}, "distill": dict(train)}
     if prune is not None:
         # Another target than the recipe's, not a second one.
         asked = pruning(prune)
@@ -164,6 +177,45 @@ def edited(
             for scheme in QUANTIZE[quantize]
         ]
     return changed
+
+
+def losses(text: str) -> str | dict[str, float]:
+    """The setting that ``--loss`` names: a loss, or several with their weights.
+
+    >>> losses("dkd"), losses("labels=0.3,kd=0.7")
+    ('dkd', {'labels': 0.3, 'kd': 0.7})
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) == 1 and "=" not in text:
+        return text
+    found = {}
+    for part in parts:
+        name, _, amount = part.rpartition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            name = ""
+        if not name:
+            raise InputError(f"--loss {text!r}: give one name, or NAME=WEIGHT,NAME=WEIGHT")
+    return found
+
+
+def training(given: Sequence[str]) -> dict[str, Any]:
+    """The settings that ``--train KEY=VALUE`` names, values as TOML has them or plain words.
+
+    >>> training(["optimizer=sgd", "clip=1.0", "ema=0.99"])
+    {'optimizer': 'sgd', 'clip': 1.0, 'ema': 0.99}
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name.isidentifier() or name in found:
+            raise InputError(f"--train {text!r}: give each setting once, as KEY=VALUE")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found
 
 
 def pruning(text: float | str) -> dict[str, float]:

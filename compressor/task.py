@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -24,6 +24,12 @@ UNLABELLED = -1
 Array = NDArray[Any]
 Inputs = tuple[Array, ...]
 Batch = tuple[Inputs, Array]
+
+
+def labelled(targets: Array) -> NDArray[np.bool_]:
+    """Which examples have a label, shape ``(n,)``: see :data:`UNLABELLED`."""
+    has = ~np.isnan(targets) if targets.dtype.kind == "f" else targets != UNLABELLED
+    return np.asarray(has.reshape(len(targets), -1).all(axis=1))
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Splits:
     """The four parts. All choices read ``validate`` and ``calibrate``; ``test`` judges final rows.
 
     ``train``, ``validate`` and ``test`` are disjoint; ``calibrate`` may be part of ``train``.
+    Examples of ``train`` and ``calibrate`` may have no label.
     """
 
     train: Split
@@ -119,6 +126,10 @@ class Splits:
 HERE = Target()
 
 
+def unseen(text: str) -> None:
+    """A watch that nobody looks at."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What must be preserved.
@@ -129,6 +140,12 @@ class Task:
     ``target`` is where the model will run: stages that look at latency measure there. ``budget`` is
     the accuracy that may be lost (absolute for bounded metrics, relative for errors); ``until`` the
     time of :func:`time.monotonic` at which searches end with the best that they have.
+
+    Without ``labelled`` examples the model's own answers stand for labels, and training examples
+    have none. ``teachers`` give what is imitated, the reference where there are none; ``students``
+    build other models to teach and ``functions`` are the user's own, both by the names that stand
+    on the command line. ``logs`` are kept of training, ``watch`` is told how it goes, and ``reads``
+    stands for everything that a stage's result depends on beside its artifact and settings.
     """
 
     name: str
@@ -143,6 +160,14 @@ class Task:
     target: Target = HERE
     budget: float = 0.01
     until: float | None = None
+    labelled: bool = True
+    teachers: tuple[Callable[[], nn.Module], ...] = ()
+    students: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    logs: tuple[str, ...] = ()
+    watch: Callable[[str], None] = unseen
+    reads: str = ""
 
     def examples(self, count: int) -> Inputs:
         """``count`` seeded synthetic inputs, each of shape ``(count, *shape)``."""

@@ -649,7 +649,7 @@ def test_npz_with_parts_and_several_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"x": X}, "needs x and y for train; it holds x"),
+        ({"x_train": X}, "needs x and y for train; it holds x_train"),
         ({"y": Y}, "needs x and y for train; it holds y"),
         ({"x": X, "y": Y, "x_test": X}, "needs x and y for test; it holds x, y, x_test"),
         ({"x_test": X, "y_test": Y}, "needs x and y for train"),
@@ -685,3 +685,18 @@ def test_changed_npz_never_surprises(
     with contextlib.suppress(InputError):
         data = read(f"arrays:{path}")
         assert data.splits.test.digest() == adopt((X, Y)).splits.test.digest()
+
+
+def test_no_byte_of_the_list_of_keys_takes_the_targets_away(tmp_path: Path) -> None:
+    """Inputs alone are data too: without labels. One byte makes y the comment of x."""
+    path = tmp_path / "a.npz"
+    np.savez(path, x=X, y=Y)
+    content = path.read_bytes()
+    wanted = adopt((X, Y)).splits.test.digest()
+    for at in range(content.index(b"PK\1\2"), len(content)):
+        for changed in (1, content[at] ^ 1, content[at] ^ 128):
+            path.write_bytes(content[:at] + bytes([changed]) + content[at + 1 :])
+            with contextlib.suppress(InputError):
+                data = read(f"arrays:{path}")
+                assert data.labelled
+                assert data.splits.test.digest() == wanted

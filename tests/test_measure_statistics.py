@@ -10,19 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor.errors import InputError
 from compressor.measure import statistics
 from compressor.measure.statistics import (
     ENOUGH,
+    FEWEST,
     LEAST_EFFECT,
+    OWN,
     PRIOR,
     RESTART,
     SAME,
     drop,
+    drops,
+    mcnemar,
     noise_floor,
     speedup,
     summary,
     verdict,
 )
+from compressor.metrics import METRICS, own, value
+from compressor.task import KINDS, Array, Kind
 
 # Hypothesis looks at the clock by itself, and this machine may be busy.
 
@@ -299,3 +306,255 @@ def test_the_interval_of_squared_errors_covers(monkeypatch: pytest.MonkeyPatch) 
         return residual**2, (residual + 0.5 * rng.standard_normal(100)) ** 2
 
     assert covered(draw, 0.25, False, 300) >= 0.90
+
+
+def test_scores_without_bounds_have_an_absolute_drop() -> None:
+    """Decibels, say: an interval for shares would claim that no more than 1 can be lost."""
+    reference = np.random.default_rng(0).normal(30, 2, 50)
+    found = drop(reference, reference - 3, higher_is_better=True)
+    assert list(found.values()) == pytest.approx([3, 3, 3])
+
+
+# --- numbers over all examples ---
+
+
+def models(kind: Kind, seed: int, count: int = 60, classes: int = 3) -> tuple[Array, Array, Array]:
+    """Outputs of two models that are much alike, and targets of which both know something."""
+    rng = np.random.default_rng(seed)
+    shape = (count,) if kind == "binary" else (count, classes)
+    noise = rng.standard_normal(shape)
+    if kind == "classification":
+        targets = rng.permutation(np.arange(count) % classes)
+        noise += 2 * np.eye(classes)[targets]
+    elif kind == "regression":
+        targets = noise + rng.standard_normal(shape)
+    else:
+        halves = (np.arange(count) % 2).reshape(-1, *shape[1:] and (1,))
+        targets = rng.permuted(np.broadcast_to(halves, shape), axis=0)
+        noise += 2 * targets
+    return noise, noise + 0.5 * rng.standard_normal(shape), targets
+
+
+WHOLE = [
+    (kind, name)
+    for kind, metrics in METRICS.items()
+    for name, metric in metrics.items()
+    if metric.whole
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), WHOLE)
+def test_a_drop_is_that_of_real_resamples(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, name: str
+) -> None:
+    """Pooled cells, sorted once and weighted: nothing but the time may differ."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 130)  # of more than one part, the last not full
+    metric, (before, after, targets) = METRICS[kind][name], models(kind, 3)
+    rng = np.random.default_rng(7)
+    lost = []
+    for _ in range(130):
+        at = rng.integers(0, len(targets), len(targets))
+        lost.append(value(metric, before[at], targets[at]) - value(metric, after[at], targets[at]))
+    lost.sort()
+    found = drops({name: metric}, before, after, targets, seed=7)[name]
+    whole = value(metric, before, targets) - value(metric, after, targets)
+    assert found["value"] == pytest.approx(whole, abs=1e-12)
+    least = 0.0 if name in ("roc_auc", "r2") else 1.959964 * np.sqrt(2) / 62
+    wanted = [min(lost[3], whole - least), max(lost[-4], whole + least)]
+    assert [found["low"], found["high"]] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "name"), WHOLE)
+def test_a_resample_is_what_torchmetrics_makes_of_it(kind: Kind, name: str) -> None:
+    from test_metrics import torchmetrics
+
+    metric, (outputs, _, targets) = METRICS[kind][name], models(kind, 5, classes=4)
+    assert metric.whole is not None
+    rng = np.random.default_rng(5)
+    counts = np.stack([np.bincount(rng.integers(0, 60, 60), minlength=60) for _ in range(4)], 1)
+    found = metric.whole.weighed(metric.whole.seen(outputs), targets)(counts.astype(float))
+    for draw, got in zip(counts.T, found, strict=True):
+        at = np.repeat(np.arange(60), draw)
+        assert got == pytest.approx(torchmetrics(kind, name, outputs[at], targets[at]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"segmentation"}))
+def test_every_metric_has_its_drop_and_the_reverse_of_it(kind: Kind) -> None:
+    before, after, targets = models(kind, 1)
+    found = drops(METRICS[kind], before, after, targets)
+    assert list(found) == list(METRICS[kind])
+    back = drops(METRICS[kind], after, before, targets)
+    for name, metric in METRICS[kind].items():
+        assert found[name]["low"] <= found[name]["value"] <= found[name]["high"]
+        was, now = value(metric, before, targets), value(metric, after, targets)
+        if metric.higher_is_better:
+            assert found[name]["value"] == pytest.approx(was - now, abs=1e-12)
+            assert [back[name][key] for key in ("value", "low", "high")] == pytest.approx(
+                [-found[name][key] for key in ("value", "high", "low")]
+            )
+        else:
+            assert found[name]["value"] == pytest.approx((now - was) / was), "relative"
+    assert found == drops(METRICS[kind], before, after, targets), "the seed decides"
+
+
+def test_equal_decisions_are_no_proof_and_equal_ranks_have_no_width() -> None:
+    before, _, targets = models("classification", 2)
+    found = drops(METRICS["classification"], before, 2 * before, targets)
+    for name in (
+        "precision",
+        "recall",
+        "f1",
+        "precision_weighted",
+        "recall_weighted",
+        "f1_weighted",
+    ):
+        assert found[name]["value"] == 0
+        assert (
+            found[name]["high"] == pytest.approx(found["accuracy"]["high"]) == -found[name]["low"]
+        )
+    same = drops(METRICS["classification"], before, before, targets)
+    assert same["roc_auc"] == {"value": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.parametrize("change", [np.nan, "one class"])
+def test_what_is_not_defined_has_no_drop(change: Any) -> None:
+    before, after, targets = models("classification", 2)
+    if change == "one class":
+        targets = np.zeros_like(targets)
+        assert "accuracy" in drops(METRICS["classification"], before, after, targets)
+    else:
+        after = np.full_like(after, np.nan)
+    found = drops(METRICS["classification"], before, after, targets)
+    assert "roc_auc" not in found
+    assert ("cross_entropy" in found) == (change == "one class")
+    constant = np.ones((60, 1))
+    assert list(drops(METRICS["regression"], before[:, :1], after[:, :1], constant)) == (
+        ["mse", "mae", "r2"][:2] if change == "one class" else []
+    )
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"segmentation"}))
+def test_drops_of_outputs_that_are_no_numbers_are_finite_or_absent(
+    kind: Kind, broken: float
+) -> None:
+    before, after, targets = models(kind, 2)
+    for part in (slice(None), slice(0, 1)):
+        after[part] = broken
+        for lost in drops(METRICS[kind], before, after, targets).values():
+            assert np.isfinite(list(lost.values())).all()
+
+
+def test_a_draw_without_a_class_has_the_mean_of_the_others() -> None:
+    before, after, targets = models("classification", 4)
+    targets[targets == 2] = 1
+    targets[0] = 2  # missing in a third of the draws
+    found = drops({"roc_auc": METRICS["classification"]["roc_auc"]}, before, after, targets)
+    assert np.isfinite(list(found["roc_auc"].values())).all()
+
+
+def test_many_classes_get_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    counts = statistics._counts
+
+    def counted(cell: Array, draws: int, seed: int) -> Any:
+        drawn.append(draws)
+        return counts(cell, 2, seed)
+
+    monkeypatch.setattr(statistics, "_counts", counted)
+    for work in (10**9, 180 * 400, 1):
+        monkeypatch.setattr(statistics, "WORK", work)
+        drops({"roc_auc": METRICS["classification"]["roc_auc"]}, *models("classification", 1))
+    assert drawn == [statistics.RESAMPLES, 400, FEWEST]
+
+
+def test_the_interval_of_f1_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models over three classes, of which one is rare; the truth is that of many examples."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)  # fast
+    f1 = {"f1": METRICS["classification"]["f1"]}
+    rng = np.random.default_rng(2026)
+
+    def draw(count: int) -> tuple[Array, Array, Array]:
+        targets = rng.choice(3, count, p=[0.5, 0.4, 0.1])
+        first = rng.standard_normal((count, 3)) + 2 * np.eye(3)[targets]
+        return first, first + 0.7 * rng.standard_normal(first.shape), targets
+
+    before, after, targets = draw(400_000)
+    truth = value(f1["f1"], before, targets) - value(f1["f1"], after, targets)
+    found = [drops(f1, *draw(200), seed)["f1"] for seed in range(200)]
+    assert np.mean([one["low"] <= truth <= one["high"] for one in found]) >= 0.90
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_an_own_number_is_resampled_and_own_scores_are_paired(better: bool) -> None:
+    calls: list[int] = []
+
+    def apart(outputs: Array, targets: Array) -> Any:
+        calls.append(len(targets))
+        return np.abs(outputs - targets).max()
+
+    def each(outputs: Array, targets: Array) -> Any:
+        return np.abs(outputs - targets).max(axis=1)
+
+    apart.higher_is_better = each.higher_is_better = better  # type: ignore[attr-defined]
+    before, after, targets = models("regression", 1)
+    mine = {"apart": own("apart", apart), "each": own("each", each)}
+    found = drops(mine, before, after, targets)
+    was, now = apart(before, targets), apart(after, targets)
+    assert found["apart"]["value"] == pytest.approx(was - now if better else (now - was) / was)
+    assert found["apart"]["low"] <= found["apart"]["value"] <= found["apart"]["high"]
+    assert OWN <= len(calls) / 2 <= OWN + 3
+    assert found["each"] == drop(
+        each(before, targets), each(after, targets), higher_is_better=better
+    )
+
+
+def test_an_own_number_that_fails_on_a_resample_is_taken_of_the_others() -> None:
+    def fussy(outputs: Array, targets: Array) -> float:
+        if len(np.unique(targets)) < 4:
+            raise ValueError("all four classes are needed")
+        return float(np.mean(outputs.argmax(axis=1) == targets))
+
+    before, after, targets = models("classification", 1)
+    targets[0] = 3  # missing in a third of the draws
+    found = drops({"fussy": own("fussy", fussy)}, before, after, targets)["fussy"]
+    assert found["low"] < found["value"] < found["high"]
+    targets[0] = 0
+    with pytest.raises(InputError, match="all four classes are needed"):
+        drops({"fussy": own("fussy", fussy)}, before, after, targets)
+
+
+def test_half_of_the_draws_are_needed() -> None:
+    seen: list[int] = []
+
+    def rare(outputs: Array, targets: Array) -> float:
+        seen.append(1)
+        if len(seen) > 2 + OWN // 2:
+            raise ValueError("no more")
+        return 0.5
+
+    before, after, targets = models("binary", 1)
+    assert drops({"rare": own("rare", rare)}, before, after, targets) == {}
+
+
+# --- McNemar ---
+
+
+@given(bits)
+def test_mcnemar_is_the_exact_binomial_test(scores: Any) -> None:
+    from scipy.stats import binomtest
+
+    before, after = pair(scores)
+    found = mcnemar(before, after)
+    assert found["better"] == sum(now and not was for was, now in scores)
+    assert found["worse"] == sum(was and not now for was, now in scores)
+    changed = found["better"] + found["worse"]
+    wanted = binomtest(found["better"], changed).pvalue if changed else 1.0
+    assert found["p"] == pytest.approx(wanted, rel=1e-9)
+    assert mcnemar(after, before)["p"] == found["p"]
+
+
+def test_mcnemar_of_many_changes() -> None:
+    worse = np.arange(20_000) < 10_100
+    assert mcnemar(worse, ~worse)["p"] == pytest.approx(0.1593, abs=1e-4)
+    assert mcnemar(np.ones(20_000), np.zeros(20_000))["p"] == 0.0

@@ -37,8 +37,8 @@ from compressor.measure.threads import one_thread
 from compressor.stages.distill import distill
 from compressor.stages.prune import prune
 from compressor.task import Task
-from compressor.training.loop import fit
-from compressor.training.losses import LOSSES
+from compressor.training import recovery
+from compressor.training.settings import Training
 
 TIMED = ("cnn", "resnet18", "mobilenet_v2")
 """Models whose pruning is timed: the first seed's cnn, the others untrained, of 224x224 images."""
@@ -96,7 +96,9 @@ def pair(task: Task, ratio: float, epochs: int, work: Path) -> dict[str, Any]:
             same = alike(ours, theirs)
             counts = {cut: macs(model, task.examples(1)) for cut, model in cuts.items()}
             before = {cut: peers.scores(model, task, test) for cut, model in cuts.items()}
-            recovered = distill(pruned, task, folder / "recovered", epochs=epochs, loss="labels")
+            recovered = distill(
+                pruned, task, folder / "recovered", training=Training(epochs=epochs), loss="labels"
+            )
             cuts["ours"], _ = torchfile.open_model(recovered, task)
             recover(theirs, task, recovered.steps[-1]["settings"])
         return {
@@ -124,19 +126,8 @@ def alike(ours: nn.Module, theirs: nn.Module) -> bool:
 
 def recover(model: nn.Module, task: Task, settings: dict[str, Any]) -> None:
     """What ``distill`` does with ``loss="labels"``, to a live module."""
-    assert task.splits is not None
-    labels = LOSSES[task.kind].labels
-    fit(
-        model,
-        task.splits,
-        lambda outputs, inputs, targets: labels(outputs, targets),
-        kind=task.kind,
-        metric=task.metric,
-        epochs=settings["epochs"],
-        learning_rate=settings["learning_rate"],
-        batch_size=settings["batch_size"],
-        seed=task.seed,
-    )
+    how = Training(**{key: settings[key] for key in ("epochs", "learning_rate", "batch_size")})
+    recovery.recover(model, task, how, recovery.aimed(task, "labels"))
 
 
 def judged(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:

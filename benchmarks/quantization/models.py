@@ -29,10 +29,12 @@ from compressor import zoo
 from compressor.artifact import Artifact, digest
 from compressor.demo import demo
 from compressor.loading import task as tasks
+from compressor.metrics import METRICS
 from compressor.stages.export import export
 from compressor.task import Array, Batch, Input, Inputs, Kind, Split, Splits, Task
 from compressor.training.loop import fit
-from compressor.training.losses import LOSSES
+from compressor.training.recovery import from_labels
+from compressor.training.settings import Training
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "pruning"))
 import peers  # the pruning benchmarks' models and cells
@@ -212,16 +214,12 @@ def _sources(folder: Path, mnist: str | None) -> Any:
     held = Split.arrays(*_windows("test"))
     order = np.random.default_rng(0).permutation(len(train))
     train, validate = train.take(order[2048:]), train.take(order[:2048])
-    labels = LOSSES["classification"].labels
     fit(
         model,
         Splits(train, validate, train, held),
-        lambda outputs, inputs, targets: labels(outputs, targets),
-        kind="classification",
-        metric="accuracy",
-        epochs=2,
-        learning_rate=2e-3,
-        batch_size=64,
+        from_labels("classification"),
+        Training(epochs=2, learning_rate=2e-3),
+        metric=("accuracy", METRICS["classification"]["accuracy"]),
         seed=0,
     )
     test = held.take(np.random.default_rng(1).permutation(len(held))[:2048])

@@ -1,8 +1,8 @@
 """What a user hands in, as the four splits: built-in sources, files, functions, live objects.
 
 A spec is ``NAME[:LOCATION][?key=value&key=value]``: ``digits``, ``digits?size=32``,
-``mnist:DIR?train=10000``, ``arrays:FILE.npz``; or a function of the user's own that is called
-without arguments: ``PKG.MOD:FUNCTION``, ``./file.py:function``.
+``mnist:DIR?train=10000``, ``images:DIR?size=224``, ``arrays:FILE.npz``; or a function of the user's
+own that is called without arguments: ``PKG.MOD:FUNCTION``, ``./file.py:function``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SOURCES = {
     "line": "embedded:line",
     "mnist": "idx:mnist",
     "arrays": "arrays:arrays",
+    "images": "folder:images",
 }
 """Name of a source, and the module of this package and the function that read it.
 

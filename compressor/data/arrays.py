@@ -1,4 +1,4 @@
-"""Arrays in a NumPy ``.npz`` file."""
+"""Arrays in a NumPy ``.npz`` file, or in ``.npy`` files that are read where they lie."""
 
 from __future__ import annotations
 
@@ -9,42 +9,87 @@ from typing import Any
 
 import numpy as np
 
-from compressor.data.live import NAMES, Data, adopt
+from compressor.data.live import BARE, NAMES, Data, adopt
 from compressor.errors import InputError, one_line
 
-KEY = re.compile(rf"(?P<what>x(?P<at>\d*)|y)(_(?P<part>{'|'.join(NAMES)}))?")
+KEY = re.compile(rf"(x\d*|y)(_({'|'.join(NAMES)}))?|x\d*_{BARE}")
 
 
 def arrays(location: str, seed: int) -> Data:
-    """Data from a file that ``numpy.savez`` wrote.
+    """Data from a file that ``numpy.savez`` wrote, or from files of ``numpy.save``.
 
-    Its keys are ``x`` and ``y``, to be split, or ``x_train``, ``y_train`` and the like for
-    ``validate``, ``calibrate`` and ``test``. Several inputs are ``x0``, ``x1``, ... (``x0_train``).
-    ``kind`` may say the kind of task. Pickled objects are refused. See :func:`adopt` for dtypes.
+    The keys of the file are ``x`` and ``y``, to be split, or ``x_train``, ``y_train`` and the like
+    for ``validate``, ``calibrate`` and ``test``. Several inputs are ``x0``, ``x1``, ...
+    (``x0_train``). ``x_unlabelled`` are further examples for ``train``, without a label; ``x``
+    without ``y`` is data without any. ``kind`` may say the kind of task. Pickled objects are
+    refused. See :func:`adopt` for dtypes.
 
-    Raises :class:`InputError` for a file that is missing or no such archive, and for other keys.
+    A folder holds one ``.npy`` file for each key (``x_train.npy``); a single such file is taken
+    together with the ``y`` beside it. They are memory-mapped: of inputs, and of targets of more
+    than one number, only the rows that are asked for are read and checked. They can be larger than
+    memory, and an ``.npz``, which is read at once, cannot.
+
+    Raises :class:`InputError` for a file that is missing or broken, and for other keys.
     """
     path = Path(location).expanduser()
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no npz file: write one with numpy.savez")
-    try:
-        # Opened here because NumPy leaves a broken file open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            content = {key: file[key] for key in file.files}
-    except Exception as error:  # NumPy, zipfile and zlib raise a dozen types on a broken file
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
-
+    if path.is_dir() or (path.suffix == ".npy" and KEY.fullmatch(path.stem)):
+        content = _mapped(path)
+    else:
+        content = _zipped(path)
     given: dict[str, Any] = {}
     if "kind" in content:
         given["kind"] = str(content.pop("kind"))
-    for part, values in _parts(content, path).items():
+    parts = _parts(content, path)
+    if content and all(re.fullmatch(r"x\d*", key) for key in content):
+        return adopt({"x": tuple(parts["train"].values()), **given}, seed)
+    for part, values in parts.items():
         inputs = [value for what, value in values.items() if what != "y"]
+        if part == BARE:
+            given[part] = tuple(inputs)
+            continue
         if "y" not in values or not inputs:
             raise InputError(f"{path} needs x and y for {part}; it holds {', '.join(content)}")
         given[part] = (tuple(inputs), values["y"])
     return adopt(given, seed)
+
+
+def _zipped(path: Path) -> dict[str, Any]:
+    """The arrays of an ``.npz`` file, in memory."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path} is no npz file: write one with numpy.savez, or x.npy and y.npy into a folder"
+        )
+    try:
+        # Opened here because NumPy leaves a broken file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            # One changed byte makes a key and its array the comment of the key before it.
+            if any(entry.comment for entry in file.zip.infolist()):
+                raise ValueError("its list of keys is damaged")
+            return {key: file[key] for key in file.files}
+    except Exception as error:  # NumPy, zipfile and zlib raise a dozen types on a broken file
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """The ``.npy`` files of a folder, or one and its targets, by name; nothing is read yet."""
+    if path.is_dir():
+        files = sorted(path.glob("*.npy"))
+        if not files:
+            raise InputError(f"{path} holds no .npy file: write x.npy and y.npy with numpy.save")
+    elif path.is_file():
+        beside = path.with_name(re.sub(r"^x\d*", "y", path.name))
+        files = sorted({path, beside} if beside.is_file() else {path})
+    else:
+        raise InputError(f"there is no file {path}")
+    content = {}
+    for file in files:
+        try:
+            content[file.stem] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy raises half a dozen types on a broken header
+            raise InputError(f"{file} cannot be read: {one_line(error)}") from None
+    return content
 
 
 def _parts(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
@@ -54,10 +99,11 @@ def _parts(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
         match = KEY.fullmatch(key)
         if not match:
             raise InputError(f"{path} holds {key!r}; known: x, y, x0, x1, x_train, y_train, kind")
-        found.append((int(match["at"] or 0), match["part"] or "train", match["what"], value))
+        what, _, part = key.partition("_")
+        found.append((int(what[1:] or 0), NAMES.get(part or "train", BARE), what, value))
     parts: dict[str, dict[str, Any]] = {"train": {}}
     for _, part, what, value in sorted(found, key=lambda entry: entry[0]):
-        if what in parts.setdefault(NAMES[part], {}):
-            raise InputError(f"{path} holds {what} of {NAMES[part]} twice")
-        parts[NAMES[part]][what] = value
+        if what in parts.setdefault(part, {}):
+            raise InputError(f"{path} holds {what} of {part} twice")
+        parts[part][what] = value
     return parts

@@ -17,19 +17,27 @@ from pydantic import Field
 
 from compressor.data.images import enlarged
 from compressor.data.live import Data
-from compressor.data.splitting import completed, refetched
+from compressor.data.splitting import completed, partly, refetched
 from compressor.task import Array, Batch, Kind, Split
 
 
-def digits(seed: int, *, size: Annotated[int, Field(ge=8, le=256)] = 8) -> Data:
-    """1,797 handwritten digits, float32 in [0, 1], shape ``(1, size, size)``; 10 classes."""
+def digits(
+    seed: int,
+    *,
+    size: Annotated[int, Field(ge=8, le=256)] = 8,
+    labelled: Annotated[float, Field(gt=0, le=1)] = 1,
+) -> Data:
+    """1,797 handwritten digits, float32 in [0, 1], shape ``(1, size, size)``; 10 classes.
+
+    ``labelled`` is the fraction of the train examples that keep their label.
+    """
     images, labels = _digits()
 
     def fetch(at: Array) -> Batch:
         return (enlarged(images[at], size),), labels[at]
 
-    whole = Split(fetch, np.arange(len(labels)))
-    return Data("digits", completed(whole, seed, labels=labels), "classification", 10)
+    splits = completed(Split(fetch, np.arange(len(labels))), seed, labels=labels)
+    return Data("digits", partly(splits, labels, labelled, seed), "classification", 10)
 
 
 def digits_rows(seed: int) -> Data:

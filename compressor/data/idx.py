@@ -18,7 +18,7 @@ from pydantic import Field
 
 from compressor.data.images import enlarged
 from compressor.data.live import Data, checked
-from compressor.data.splitting import completed
+from compressor.data.splitting import completed, partly
 from compressor.errors import InputError, one_line
 from compressor.task import Array, Batch, Split
 
@@ -36,12 +36,14 @@ def mnist(
     *,
     train: Annotated[int, Field(ge=2)] | None = None,
     size: Annotated[int, Field(ge=28, le=256)] = 28,
+    labelled: Annotated[float, Field(gt=0, le=1)] = 1,
 ) -> Data:
     """MNIST, or a set in its format, from a folder of the four files, gzipped or not.
 
     Inputs are float32 ``(1, size, size)``: ``(pixel / 255 - 0.1307) / 0.3081``. Classes are as
     many as the highest train label says. ``train`` keeps that many random examples of what
-    ``validate`` leaves. Pixels stay bytes in memory until they are asked for.
+    ``validate`` leaves; ``labelled`` is the fraction of those that keep their label. Pixels stay
+    bytes in memory until they are asked for.
 
     Raises :class:`InputError` for a missing or broken file.
     """
@@ -54,7 +56,8 @@ def mnist(
             raise InputError(f"option train={train}: there are only {len(splits.train)} examples")
         some = splits.train.take(np.arange(train))  # which is in random order already
         splits = completed(some, seed, validate=splits.validate, test=splits.test)
-    return Data("mnist", checked(splits), "classification", int(labels.max()) + 1)
+    splits = partly(checked(splits), labels, labelled, seed)
+    return Data("mnist", splits, "classification", int(labels.max()) + 1)
 
 
 def read_idx(path: Path) -> Array:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from compressor.loading import checkpoint, torchfile
 from compressor.loading.checkpoint import ZOO, Described
 from compressor.loading.sketch import sketch
 from compressor.loading.torchfile import State
-from compressor.metrics import metric_of
-from compressor.task import Batch, Input, Inputs, Kind, Splits, Task
+from compressor.metrics import METRICS, Metric, metric_of, own
+from compressor.task import Array, Batch, Input, Inputs, Kind, Split, Splits, Task, labelled
 
 Factory = Callable[[], nn.Module]
 Arch = str | Factory | None
@@ -53,12 +54,19 @@ def task(
     metric: str | None = None,
     kind: Kind | None = None,
     seed: int = 0,
+    teachers: Sequence[str | Path | nn.Module] = (),
+    teacher_arch: Arch = None,
+    student: Arch = None,
+    functions: Mapping[str, Callable[..., Any]] = {},
 ) -> Task:
     """What must be preserved, from what the user has.
 
     ``model`` is a path or a live module; ``data`` a spec (``digits``, ``mnist:DIR``,
     ``PKG.MOD:FUNCTION`` ...), live data (see :func:`compressor.data.adopt`) or ``None`` for the
-    data that the file names. Raises :class:`InputError` when model and data do not fit.
+    data that the file names. ``metric`` is one that the kind of task has, or names a function of
+    ``functions``, which are the user's own. ``teachers`` are imitated instead of the model;
+    ``student`` builds another architecture to teach. Raises :class:`InputError` when model and data
+    do not fit.
     """
     if isinstance(model, nn.Module):
         reference, said = _copy(model).cpu().eval(), Described({})
@@ -80,23 +88,117 @@ def task(
     inputs = _inputs(said, splits, name)
     output = _probe(reference, inputs, splits, name)
     known = kind or (given.kind if given else None) or said.kind
-    if splits is not None:
-        known = known or _kind(output, splits.train.head(256)[1])
+    if given is not None and splits is not None and given.labelled:
+        head = splits.train.head(256)[1]
+        judged = [part.head(256)[1] for part in (splits.validate, splits.test)]
+        if all(labelled(one).all() for one in judged):  # only training examples may have none
+            head = head[labelled(head)] if labelled(head).any() else judged[0]
+        known = known or _kind(output, head)
         check_targets(known, output, splits)
     known = known or (
         "classification" if output.ndim == 2 and output.shape[1] > 1 else "regression"
     )
+    if given is not None and splits is not None and not given.labelled:
+        splits = replace(
+            splits,
+            validate=answered(splits.validate, reference, known),
+            test=answered(splits.test, reference, known),
+        )
+    masters = [_teacher(one, teacher_arch) for one in teachers]
+    pupil = _student(student)
+    for flag, other in [*(("--teacher", one) for one in masters),
+                        *(("--student", build()) for build in pupil.values())]:  # fmt: skip
+        _answers_alike(flag, other, output, inputs, splits)
+    mine = {} if metric is None or ":" not in metric else {metric: own_metric(metric, functions)}
     return Task(
         name=name,
         kind=known,
         model=lambda: copy.deepcopy(reference),
         source=source,
         inputs=inputs,
-        metric=metric_of(known, metric),
+        metric=next(iter(mine), None) or metric_of(known, metric),
         splits=splits,
         data=given.name if given else None,
         seed=seed,
+        labelled=given is None or given.labelled,
+        teachers=tuple(partial(copy.deepcopy, one) for one in masters),
+        students=pupil,
+        functions=functions,
+        metrics={**METRICS[known], **mine},
     )
+
+
+def _teacher(given: str | Path | nn.Module, arch: Arch) -> nn.Module:
+    if isinstance(given, str | Path):
+        return _loaded(Path(given), arch)[0]
+    return _copy(given).cpu().eval()
+
+
+def _student(arch: Arch) -> dict[str, Factory]:
+    """What builds the student, by its name; the same weights at every call."""
+    if arch is None:
+        return {}
+    name = _arch_name(arch)
+    found = names.function(arch, "--student") if isinstance(arch, str) else arch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SPLIT_SEED)
+        built = names.call(found, name, "--student")
+    if not isinstance(built, nn.Module):
+        raise InputError(
+            f"--student {name} gave a {type(built).__name__}: it must return an nn.Module"
+        )
+    return {name: partial(copy.deepcopy, built.cpu().eval())}
+
+
+def _answers_alike(
+    flag: str,
+    other: nn.Module,
+    output: torch.Tensor,
+    inputs: tuple[Input, ...],
+    splits: Splits | None,
+) -> None:
+    """Raises :class:`InputError` where a teacher or student does not answer as the model does."""
+    theirs = _probe(other, inputs, splits, f"{flag} {type(other).__name__}")
+    if theirs.shape != output.shape:
+        raise InputError(
+            f"{flag}: {type(other).__name__} answers two examples with shape "
+            f"{tuple(theirs.shape)}, the model with {tuple(output.shape)}: give one that answers "
+            "the same"
+        )
+
+
+def own_metric(name: str, functions: Mapping[str, Callable[..., Any]]) -> Metric:
+    """The user's own metric, which the command line or the call must name."""
+    if name not in functions:
+        raise InputError(f"--metric {name!r} is no function that was handed in")
+    return own(name, functions[name])
+
+
+def answered(split: Split, model: nn.Module, kind: Kind) -> Split:
+    """The split with the model's own answers as labels: each is asked for once, and remembered."""
+    known: dict[int, Array] = {}
+
+    def fetch(at: Array) -> Batch:
+        inputs, _ = split.fetch(at)
+        new = [place for place, one in enumerate(at) if int(one) not in known]
+        if new:
+            with torch.inference_mode():
+                outputs = first(model(*(torch.from_numpy(part[new]) for part in inputs))).numpy()
+            answers = ANSWERS[kind](outputs)
+            known.update({int(at[place]): one for place, one in zip(new, answers, strict=True)})
+        return inputs, np.stack([known[int(one)] for one in at])
+
+    return replace(split, fetch=fetch)
+
+
+ANSWERS: dict[Kind, Callable[[Array], Array]] = {
+    "classification": lambda outputs: outputs.argmax(axis=1),
+    "segmentation": lambda outputs: outputs.argmax(axis=1),
+    "binary": lambda outputs: (outputs > 0).astype(np.int64),
+    "multilabel": lambda outputs: (outputs > 0).astype(np.int64),
+    "regression": lambda outputs: outputs,
+}
+"""From a model's outputs to the labels that they stand for."""
 
 
 def _loaded(path: Path, arch: Arch) -> tuple[nn.Module, Mapping[str, Any], Described]:
@@ -274,6 +376,10 @@ def check_targets(kind: Kind, output: torch.Tensor, splits: Splits) -> None:
 
 def _check_batch(kind: Kind, name: str, classes: int, output: torch.Tensor, batch: Batch) -> None:
     targets = batch[1]
+    if name in ("train", "calibrate"):  # whose examples may have no label
+        targets = targets[labelled(targets)]
+    if not len(targets):
+        return
     shape = {
         "classification": (),
         "segmentation": tuple(output.shape[2:]),

@@ -135,13 +135,25 @@ def load_state(model: nn.Module, state: State, path: Path) -> nn.Module:
     return model
 
 
-def open_model(artifact: Artifact, task: Task) -> tuple[nn.Module, list[Edit]]:
-    """A fresh copy of the model at rest, in eval mode, and the edits that shaped it."""
+def origin(artifact: Artifact) -> Source:
+    """The source of a torch-form artifact: the task's own model, or a student beside it."""
+    return _header(artifact)["source"]  # type: ignore[no-any-return]
+
+
+def _header(artifact: Artifact) -> dict[str, Any]:
     found = header(artifact.path)
     if artifact.form != "torch" or found is None:
         raise InputError(f"{artifact.path} is not a torch-form artifact")
+    return found
+
+
+def open_model(artifact: Artifact, task: Task) -> tuple[nn.Module, list[Edit]]:
+    """A fresh copy of the model at rest, in eval mode, and the edits that shaped it."""
+    found = _header(artifact)
     state = tensors_in(artifact.path, found)
-    model = apply(task.model(), found["edits"])
+    source = found["source"]
+    build = task.students[source["factory"]] if source.get("student") else task.model
+    model = apply(build(), found["edits"])
     return load_state(model, state, artifact.path).eval(), found["edits"]
 
 

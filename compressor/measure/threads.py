@@ -36,14 +36,17 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def threads_for(model: nn.Module, example: Inputs, batch_size: int) -> Iterator[None]:
+def threads_for(
+    model: nn.Module, example: Inputs, batch_size: int, processes: int = 1
+) -> Iterator[None]:
     """One thread for a model whose step is too small to share, all cores for any other.
 
     The rule reads the model only, so that the same run always computes with the same threads.
+    ``processes`` on this machine that compute at the same time share its cores.
     """
     if macs(model, example) * batch_size < SMALL_STEP:
         with one_thread():
             yield
     else:
-        with _threads(cores()):
+        with _threads(max(1, cores() // processes)):
             yield

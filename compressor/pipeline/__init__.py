@@ -6,7 +6,8 @@ import datetime
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,20 @@ from compressor.measure.environment import cores, installed
 from compressor.measure.threads import one_thread
 from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
-from compressor.pipeline import verdict
+from compressor.pipeline import own, verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
 from compressor.pipeline.folder import Folder, key_of
-from compressor.pipeline.making import Maker
+from compressor.pipeline.making import Maker, follow
 from compressor.pipeline.measuring import leave, measure, race, rival
+from compressor.pipeline.robustness import robustness as stress
 from compressor.pipeline.verdict import Row
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.report import Report
 from compressor.stages import bind, fitting
 from compressor.task import Kind, Splits, Task
+from compressor.training import logs
+from compressor.training.recovery import TRACE
+from compressor.training.world import World, joined
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,9 +60,19 @@ def run(
     epochs: int | None = None,
     distill: bool = True,
     quantize: str | None = None,
+    teacher: Any = (),
+    teacher_arch: Any = None,
+    student: Any = None,
+    loss: Any = None,
+    augment: Any = (),
+    folds: int | None = None,
+    train: Mapping[str, Any] = {},
+    log: str | Sequence[str] = (),
+    robustness: bool = False,
+    processes: int | None = None,
     max_drop: float | None = None,
     time_budget: float | None = None,
-    metric: str | None = None,
+    metric: Any = None,
     kind: Kind | None = None,
     provider: str | Sequence[str] | None = None,
     batch: Sequence[int] = (1,),
@@ -72,9 +87,13 @@ def run(
     """Compresses ``model``, measures every artifact of the way and gives the report.
 
     ``model`` is a path or a live ``nn.Module`` (which is copied, never changed). ``data`` is a data
-    spec, ``(train, test)`` DataLoaders, datasets or arrays, or a dict of splits. The other
+    spec, ``(train, test)`` DataLoaders, datasets or arrays, or a dict of splits. ``teacher`` is a
+    path or a module, or several; ``loss``, ``augment`` and ``metric`` may be functions. ``train``
+    are further settings of the recovery (:class:`compressor.training.settings.Training`). The other
     arguments are the flags of ``compressor run``; see its ``--help``. The report and all artifacts
     lie in ``out``, by default ``reports/<name>``.
+
+    Started by ``torchrun``, all processes train together; the first does everything else.
 
     Raises :class:`InputError` before any work when an argument is wrong, :class:`StageError` when a
     stage fails (artifacts finished before it are kept and reused by the next run).
@@ -87,93 +106,141 @@ def run(
     if time_budget is not None and not 0 < time_budget < float("inf"):
         raise InputError(f"--time-budget {time_budget!r}: give seconds, more than 0, such as 600")
     budget = MAX_DROP if max_drop is None else max_drop
-    steps = plan(recipe, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize)
-    task = tasks(model, data=data, arch=arch, metric=metric, kind=kind, seed=seed)
-    until = None if time_budget is None else began + time_budget
-    task = replace(task, target=targets[0], budget=budget, until=until)
-    for step in steps:
-        fitting(step, task)
-    state = state_digest(task.model().state_dict())
-    factory = arch if isinstance(arch, str) else None
-    # What the model computes stands for its code, which no file shows.
-    reads = key_of(model=state, does=behaviour(task), data=data_digest(task.splits))
-    fingerprint = key_of(
-        reads=reads,
-        source=task.source,
-        inputs=[asdict(given) for given in task.inputs],
-        recipe=[step.to_json() for step in steps],
-        targets=[target.to_json() for target in targets],
-        bench_time=bench_time,
-        max_drop=max_drop,
-        time_budget=time_budget,
-        metric=task.metric,
-        seed=seed,
+    functions: own.Functions = {}
+    settings = own.training(loss, augment, folds, train, functions)
+    kept = [log] if isinstance(log, str) else list(log)
+    logs.checked([name for name in kept if name != TRACE])
+    metric = None if metric is None else own.called(metric, "--metric", functions)
+    steps = plan(
+        recipe,
+        prune=prune,
+        keep=keep,
+        epochs=epochs,
+        distill=distill,
+        quantize=quantize,
+        student=None if student is None else own.called(student, "--student", {}),
+        train=settings,
     )
-    path = Path(out) if out is not None else Path("reports") / task.name
-    folder, stored = Folder.open(path, fingerprint, command, fresh=fresh)
-    if stored is not None:
-        return replace(stored, stored=True)
-    done, total = 0, len(steps) + 2 + len(targets)
+    with joined(processes) as around:
+        task = tasks(
+            model,
+            data=data,
+            arch=arch,
+            metric=metric,
+            kind=kind,
+            seed=seed,
+            teachers=teacher if isinstance(teacher, tuple | list) else (teacher,),
+            teacher_arch=teacher_arch,
+            student=student,
+            functions=functions,
+        )
+        until = None if time_budget is None else began + time_budget
+        task = replace(task, target=targets[0], budget=budget, until=until, logs=tuple(kept))
+        for step in steps:
+            fitting(step, task)
+        path = Path(out) if out is not None else Path("reports") / task.name
+        if not around.leader:
+            return Report(follow(task, around), path)
+        state = state_digest(task.model().state_dict())
+        factory = arch if isinstance(arch, str) else None
+        # What the model computes stands for its code, which no file shows.
+        reads = key_of(
+            model=state,
+            does=behaviour(task),
+            data=data_digest(task.splits),
+            others=[state_digest(build().state_dict()) for build in others(task)],
+            functions=own.codes(functions),
+        )
+        fingerprint = key_of(
+            reads=reads,
+            source=task.source,
+            inputs=[asdict(given) for given in task.inputs],
+            recipe=[step.to_json() for step in steps],
+            targets=[target.to_json() for target in targets],
+            bench_time=bench_time,
+            max_drop=max_drop,
+            time_budget=time_budget,
+            metric=task.metric,
+            robustness=robustness,
+            seed=seed,
+        )
+        with leading(around) as hand:
+            folder, stored = Folder.open(path, fingerprint, command, fresh=fresh)
+            if stored is not None:
+                hand(stored.document)
+                return replace(stored, stored=True)
+            done, total = 0, len(steps) + 2 + robustness + len(targets)
 
-    def say(text: str) -> None:
-        nonlocal done
-        progress(done, total, text)
-        done += 1
+            def say(text: str) -> None:
+                nonlocal done
+                progress(done, total, text)
+                done += 1
 
-    loading = round(time.monotonic() - began, 3)
-    maker = Maker(task, folder, reads, say)
-    maker.stages.append(
-        {"stage": "load", "seconds": loading, "peak_rss_bytes": None, "cached": False}
-    )
-    maker.execute(steps)
-    measured = measure(
-        task,
-        list(maker.onnx.values()),
-        maker.skipped,
-        targets,
-        bench_time,
-        say,
-        lambda text: progress(done - 1, total, text),
-        arch=factory,
-    )
-    say("report")
-    found = document(task, maker, measured, targets, budget)
-    ran = [row for row in measured.rows if row["artifact"] == found["best"]]
-    best, said, other = maker.onnx[found["best"]], None, rival(ran, found["best"], targets[0])
-    ran_there = any(row["primary"] and "skipped" not in row for row in ran)
-    if other is not None and ran_there:
-        said = race(task, best, targets[0], other, measured, bench_time, budget)
-    if said is not None:
-        found["recommendation"] += f" {verdict.runtimes(said)}"
-    found["runtimes"] = said
-    found["pytorch"] = (
-        leave(task, maker.onnx[BASELINE], best, targets, measured, bench_time, factory)
-        if ran_there
-        else []
-    )
-    for one in found["pytorch"]:
-        found["recommendation"] += f" {verdict.left(one)}"
-    command = command or f"compressor.run({task.name}, ...)"
-    write_samples(folder.path / SAMPLES, measured.raw)
-    write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
-    _write_best(folder.path, best, home(ran, targets[0], said))
-    report = Report(
-        {
-            "schema": 1,
-            "name": task.name,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
-            "fingerprint": fingerprint,
-            "model": {
-                "path": Path(model).name if isinstance(model, str | Path) else None,
-                "sha256": digest(Path(model)) if isinstance(model, str | Path) else state,
-            },
-            **found,
-        },
-        folder.path,
-    )
-    report.save()
-    return report
+            loading = round(time.monotonic() - began, 3)
+            task = replace(task, watch=lambda text: progress(done - 1, total, text))
+            maker = Maker(task, folder, reads, say, around)
+            maker.stages.append(
+                {"stage": "load", "seconds": loading, "peak_rss_bytes": None, "cached": False}
+            )
+            maker.execute(steps)
+            measured = measure(
+                task,
+                list(maker.onnx.values()),
+                maker.skipped,
+                targets,
+                bench_time,
+                say,
+                lambda text: progress(done - 1, total, text),
+                arch=factory,
+            )
+            say("report")
+            found = document(task, maker, measured, targets, budget)
+            if robustness:
+                say("robustness")
+                harder = stress(task, maker.onnx, maker.float_of, seed=seed, progress=task.watch)
+                for row in found["artifacts"]:
+                    row["robustness"] = harder.get(row["name"])
+            ran = [row for row in measured.rows if row["artifact"] == found["best"]]
+            best, said, other = (
+                maker.onnx[found["best"]],
+                None,
+                rival(ran, found["best"], targets[0]),
+            )
+            ran_there = any(row["primary"] and "skipped" not in row for row in ran)
+            if other is not None and ran_there:
+                said = race(task, best, targets[0], other, measured, bench_time, budget)
+            if said is not None:
+                found["recommendation"] += f" {verdict.runtimes(said)}"
+            found["runtimes"] = said
+            found["pytorch"] = (
+                leave(task, maker.onnx[BASELINE], best, targets, measured, bench_time, factory)
+                if ran_there
+                else []
+            )
+            for one in found["pytorch"]:
+                found["recommendation"] += f" {verdict.left(one)}"
+            command = command or f"compressor.run({task.name}, ...)"
+            write_samples(folder.path / SAMPLES, measured.raw)
+            write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
+            _write_best(folder.path, best, home(ran, targets[0], said))
+            report = Report(
+                {
+                    "schema": 1,
+                    "name": task.name,
+                    "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                    "command": command,
+                    "fingerprint": fingerprint,
+                    "model": {
+                        "path": Path(model).name if isinstance(model, str | Path) else None,
+                        "sha256": digest(Path(model)) if isinstance(model, str | Path) else state,
+                    },
+                    **found,
+                },
+                folder.path,
+            )
+            report.save()
+            hand(report.document)
+            return report
 
 
 def plan(
@@ -184,15 +251,41 @@ def plan(
     epochs: int | None = None,
     distill: bool = True,
     quantize: str | None = None,
+    student: str | None = None,
+    train: Mapping[str, Any] = {},
 ) -> Recipe:
     """The steps of a recipe after the flags, named and bound: what ``--dry-run`` prints."""
     if epochs is not None and epochs < 0:
         raise InputError(f"--epochs {epochs}: give 0 (no recovery) or more")
     given = recipes.read(Path(recipe)) if isinstance(recipe, str | Path) else list(recipe or ())
     edited = recipes.edited(
-        given, prune=prune, keep=keep, epochs=epochs, distill=distill, quantize=quantize
+        given,
+        prune=prune,
+        keep=keep,
+        epochs=epochs,
+        distill=distill,
+        quantize=quantize,
+        student=student,
+        train=train,
     )
     return bind(recipes.named(edited))
+
+
+def others(task: Task) -> list[Callable[[], nn.Module]]:
+    """What builds the teachers and students that were handed in."""
+    return [*task.teachers, *task.students.values()]
+
+
+@contextmanager
+def leading(around: World) -> Iterator[Callable[[Row], None]]:
+    """At the end the other processes get the report that was handed on, or learn that there is
+    none."""
+    report: list[Row] = []
+    try:
+        yield report.append
+    finally:
+        with suppress(RuntimeError):  # of those that are gone
+            around.told(report[0] if report else {})
 
 
 def targets_of(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.measure.statistics import drop
-from compressor.metrics import METRICS, sign, squared
+from compressor.metrics import METRICS, labels, metrics_of, scores, sign, signs, squared
 from compressor.task import Array, Split, Task
 
 Row = dict[str, Any]
@@ -25,51 +25,79 @@ SIDE = 64
 SIDES = range(8, 513)
 """Sides in pixels of what is taken for an image; shorter is a table, longer is no thumbnail."""
 
+CLASSES = 50
+"""Classes that a confusion matrix has at most: its cells are their square."""
+
+
+def confusion(task: Task, outputs: Array, targets: Array) -> list[list[int]] | None:
+    """Examples of each true class (row) by what was said of them (column), all classes in order.
+
+    ``None`` for tasks without classes, or with more than :data:`CLASSES`, and where a target is no
+    class of the model.
+    """
+    if task.kind not in ("classification", "binary"):
+        return None
+    size, true = 2 if task.kind == "binary" else outputs.shape[1], _true(task, targets)
+    if size > CLASSES or true.min() < 0 or true.max() >= size:
+        return None
+    said = signs(outputs)[:, 0] if task.kind == "binary" else labels(outputs)
+    counts = np.bincount(true * size + said, minlength=size * size)
+    table: list[list[int]] = counts.reshape(size, size).tolist()
+    return table
+
 
 def classes(
     task: Task, reference: Array, outputs: Array, targets: Array, limit: int = 20
 ) -> list[Row] | None:
-    """What each class lost, the surest loss first: ``{"class", "n", "baseline", "value", "drop"}``.
+    """What each class lost, the surest loss first.
+
+    ``{"class", "n", "metric", "baseline", "value", "drop"}``.
 
     ``reference`` and ``outputs`` are the baseline's and the artifact's on the same examples, first
     axis the example. Examples go by their true class; of several labels, each is judged over all
-    examples. ``baseline`` and ``value`` are the mean score there, and ``drop`` is that of
+    examples. ``metric`` is the task's or, where that has no score for each example, the kind's
+    first; ``baseline`` and ``value`` are its mean there, and ``drop`` is that of
     :func:`compressor.measure.statistics.drop`. Sorted by the drop's lower end: a class of three
     examples that lost one is no worse than one of a thousand that lost a hundred. Beyond ``limit``
     the rest is one row, which says in ``"classes"`` for how many it stands. ``None`` for tasks
     without classes.
     """
-    found = _by_class(task, reference, outputs, targets)
-    if found is None:
+    if task.kind not in ("classification", "binary", "multilabel"):
         return None
-    rows = [(_row(name, *scores), scores) for name, scores in found.items()]
+    metric, found = _by_class(task, reference, outputs, targets)
+    better = metrics_of(task)[metric].higher_is_better
+    rows = [(_row(name, metric, *pair, better), pair) for name, pair in found.items()]
     rows.sort(key=lambda row: -row[0]["drop"]["low"])
     kept = [row for row, _ in rows[:limit]]
-    if rest := [scores for _, scores in rows[limit:]]:
-        pooled = (np.concatenate(side) for side in zip(*rest, strict=True))
-        kept.append({**_row("others", *pooled), "classes": len(rest)})
+    if rest := [pair for _, pair in rows[limit:]]:
+        before, after = (np.concatenate(side) for side in zip(*rest, strict=True))
+        kept.append({**_row("others", metric, before, after, better), "classes": len(rest)})
     return kept
 
 
 def _by_class(
     task: Task, reference: Array, outputs: Array, targets: Array
-) -> dict[str, tuple[Scores, Scores]] | None:
-    """Class to the scores of the two on its examples."""
+) -> tuple[str, dict[str, tuple[Scores, Scores]]]:
+    """The metric, and class to the scores of the two on its examples."""
+    first = next(iter(METRICS[task.kind]))
     if task.kind == "multilabel":
         known = targets.reshape(outputs.shape)
-        return {
+        return first, {
             str(label): (
                 sign(reference[:, label], known[:, label]),
                 sign(outputs[:, label], known[:, label]),
             )
             for label in range(outputs.shape[1])
         }
-    if task.kind not in ("classification", "binary"):
-        return None
-    score = METRICS[task.kind][task.metric].score
-    before, after = score(reference, targets), score(outputs, targets)
     true = _true(task, targets)
-    return {str(one): (before[true == one], after[true == one]) for one in np.unique(true)}
+    for name in (task.metric, first):
+        how = metrics_of(task)[name]
+        before, after = (scores(how, side, targets) for side in (reference, outputs))
+        if before is not None and after is not None and np.isfinite([before, after]).all():
+            break
+    assert before is not None
+    assert after is not None
+    return name, {str(one): (before[true == one], after[true == one]) for one in np.unique(true)}
 
 
 def _true(task: Task, targets: Array) -> NDArray[np.int64]:
@@ -78,13 +106,14 @@ def _true(task: Task, targets: Array) -> NDArray[np.int64]:
     return np.asarray(flat > 0.5 if task.kind == "binary" else flat, dtype=np.int64)
 
 
-def _row(name: str, before: Scores, after: Scores) -> Row:
+def _row(name: str, metric: str, before: Scores, after: Scores, better: bool) -> Row:
     return {
         "class": name,
         "n": len(before),
+        "metric": metric,
         "baseline": float(before.mean()),
         "value": float(after.mean()),
-        "drop": drop(before, after, higher_is_better=True),
+        "drop": drop(before, after, higher_is_better=better),
     }
 
 

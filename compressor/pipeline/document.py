@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compressor.artifact import Artifact, replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
 from compressor.measure.environment import absent, affinity, environment
 from compressor.measurement import SETTINGS, TORCH, Measurement, Target
-from compressor.metrics import METRICS
+from compressor.metrics import metrics_of
 from compressor.pipeline import damage, verdict
 from compressor.pipeline.making import Maker
 from compressor.pipeline.measuring import Measured
 from compressor.pipeline.verdict import Choice, Outputs, Row
 from compressor.recipe import BASELINE, SCHEMES
-from compressor.task import Task
+from compressor.task import Split, Task, labelled
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SAMPLES = "samples.json.gz"
+
+SEEN = 10_000
+"""Training examples that the generalisation gap is taken on at most."""
+
+WORK = 5e11
+"""Multiply-accumulates that one artifact's may take: about ten seconds."""
 
 GPU = (
     "int8 on cuda: onnxruntime's CUDA provider has few 8-bit kernels, and most of an int8 graph "
@@ -57,6 +69,7 @@ def document(
         [name for name in names if _narrowed(maker.onnx[name])],
     )
     allowed = [name for name in names if verdict.within(validated[name], budget)]
+    seen = _seen(task)
     return {
         "environment": machine(measured, targets[0]),
         "recipe": [step.to_json() for step in maker.resolved],
@@ -64,7 +77,7 @@ def document(
         "inputs": fed(task),
         "artifacts": [
             {
-                **_artifact(maker, name, choice, *fields[name], budget),
+                **_artifact(maker, name, choice, *fields[name], budget, seen),
                 **hurt(task, measured, outputs, name),
             }
             for name in names
@@ -111,7 +124,8 @@ def about(task: Task) -> Row:
         "data": task.data,
         "splits": task.splits.sizes() if task.splits else None,
         "metric": task.metric,
-        "higher_is_better": METRICS[task.kind][task.metric].higher_is_better,
+        "higher_is_better": metrics_of(task)[task.metric].higher_is_better,
+        "metrics": {name: how.higher_is_better for name, how in metrics_of(task).items()},
     }
 
 
@@ -140,15 +154,21 @@ def described(made: Artifact, folder: Path, accuracy: Row, budget: float) -> Row
 def hurt(
     task: Task, measured: Measured, outputs: Outputs, name: str, reference: str = BASELINE
 ) -> Row:
-    """``classes`` and ``worst``: what ``name`` lost on test against the reference, and where."""
-    both = [outputs.get(one, {}).get("test") for one in (reference, name)]
-    ours, theirs = both
-    if name == reference or task.splits is None or ours is None or theirs is None:
-        return {"classes": None, "worst": None}
-    if ours.shape != theirs.shape:
-        return {"classes": None, "worst": None}
+    """``confusion`` of ``name`` on test; ``classes`` and ``worst``: what it lost there against the
+    reference, and where."""
+    nothing: Row = {"confusion": None, "classes": None, "worst": None}
+    theirs, ours = (outputs.get(one, {}).get("test") for one in (name, reference))
+    if task.splits is None or theirs is None:
+        return nothing
     true = measured.targets["test"]
+    shape = next(by["test"].shape for by in outputs.values() if "test" in by)
+    if theirs.shape != shape:  # it is not judged either
+        return nothing
+    found = {**nothing, "confusion": damage.confusion(task, theirs, true)}
+    if name == reference or ours is None or ours.shape != theirs.shape:
+        return found
     return {
+        **found,
         "classes": damage.classes(task, ours, theirs, true),
         "worst": damage.worst(task, task.splits.test, ours, theirs, true),
     }
@@ -173,7 +193,13 @@ def _on_gpu(maker: Maker, measured: Measured, targets: Sequence[Target]) -> list
 
 
 def _artifact(
-    maker: Maker, name: str, choice: Choice, accuracy: Row, fidelity: Row | None, budget: float
+    maker: Maker,
+    name: str,
+    choice: Choice,
+    accuracy: Row,
+    fidelity: Row | None,
+    budget: float,
+    seen: Split | None,
 ) -> Row:
     made = maker.onnx[name]
     model, _ = torchfile.open_model(maker.float_of(name), maker.task)
@@ -183,7 +209,47 @@ def _artifact(
         "macs": counting.macs(model, maker.task.examples(1)),
         "best": name == choice.best,
         "fidelity": fidelity,
+        # The torch file of what is narrowed is another model.
+        "gap": None if _narrowed(made) else gap(maker.task, model, seen, accuracy),
     }
+
+
+def gap(task: Task, model: nn.Module, seen: Split | None, accuracy: Row) -> Row | None:
+    """The generalisation gap: ``{"train", "test", "value", "n"}`` of the task's metric.
+
+    ``train`` is that of the torch ``model`` on the ``n`` examples of ``seen``, ``test`` that of its
+    ``accuracy`` field. ``value`` is how much better the model is where it was trained, in the
+    metric's own unit: train - test, for errors test - train. ``None`` where one is not known.
+    """
+    from compressor.training.evaluation import evaluate
+
+    test = accuracy.get(task.metric)
+    if seen is None or test is None:
+        return None
+    how = metrics_of(task)[task.metric]
+    train = evaluate(model, seen, how)
+    if not math.isfinite(train):
+        return None
+    apart = train - test if how.higher_is_better else test - train
+    return {"train": train, "test": test, "value": apart, "n": len(seen)}
+
+
+def _seen(task: Task) -> Split | None:
+    """Training examples with labels, drawn by the task's seed; no more than :data:`WORK` allows."""
+    if task.splits is None or not task.labelled:
+        return None
+    train = task.splits.train
+    macs = counting.macs(task.model(), task.examples(1))
+    count = int(np.clip(WORK / max(1, macs), min(len(train), 256), SEEN))
+    order = np.random.default_rng(task.seed).permutation(len(train))
+    kept: list[int] = []
+    for at in range(0, len(order), 256):
+        if len(kept) >= count:
+            break
+        part = order[at : at + 256]
+        _, targets = train.take(part).head(len(part))
+        kept += part[labelled(targets)].tolist()
+    return train.take(np.sort(kept[:count])) if kept else None
 
 
 def write_samples(path: Path, raw: Sequence[Measurement]) -> None:

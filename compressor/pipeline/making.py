@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from compressor.measure.environment import cpu, versions
 from compressor.measure.worker import peak_rss_bytes
 from compressor.pipeline.folder import Folder, key_of
 from compressor.recipe import BASELINE, Recipe, Step
-from compressor.stages import STAGES, form_taken
+from compressor.stages import STAGES, form_taken, perform
 from compressor.task import Task
+from compressor.training.world import ALONE, Lost, World, together
 
 NO_DATA = (
     "no data: nothing was fine-tuned and no accuracy was measured; fidelity is on made-up inputs "
@@ -36,8 +38,15 @@ class Maker:
     the report says of it all. ``say`` is called with what begins.
     """
 
-    def __init__(self, task: Task, folder: Folder, reads: str, say: Callable[[str], None]) -> None:
-        self.task = task
+    def __init__(
+        self,
+        task: Task,
+        folder: Folder,
+        reads: str,
+        say: Callable[[str], None],
+        around: World = ALONE,
+    ) -> None:
+        self.around = around
         self.folder = folder
         self.say = say
         self.torch: dict[str, Artifact] = {}
@@ -57,6 +66,7 @@ class Maker:
             "versions": versions(),
             "cpu": cpu()["features"],  # they decide how int8 is made
         }
+        self.task = replace(task, reads=key_of(**self._common))
 
     def execute(self, steps: Recipe) -> None:
         """Writes the baseline, then runs the steps in order; torch results are exported as well.
@@ -152,14 +162,21 @@ class Maker:
             self._skip(step, seen["skipped"])
         return made
 
+    def _performed(self, step: Step, source: Artifact, into: Path) -> Artifact:
+        """The stage's work, with the other processes of the run where it trains."""
+        if step.stage not in SHARED or self.around.size == 1:
+            return perform(STAGES[step.stage], source, self.task, into, **step.settings)
+        self.around.told((step, source))
+        with together(self.around):
+            return perform(STAGES[step.stage], source, self.task, into, **step.settings)
+
     def _made(self, step: Step, source: Artifact) -> tuple[Artifact | None, dict[str, Any]]:
         made = reason = None
         before = _changed(self.folder.artifacts / f"{step.name}.onnx")
         with watched() as seen:
             try:
-                made = STAGES[step.stage](
-                    source, self.task, self.folder.artifacts / step.name, **step.settings
-                )
+                into = self.folder.artifacts / step.name
+                made = self._performed(step, source, into)
             except Unsuitable as error:
                 reason = str(error)
             except KeyboardInterrupt:
@@ -178,6 +195,31 @@ class Maker:
                 ) from error
         source.checked()
         return made, {**seen, "skipped": reason}
+
+
+SHARED = ("distill", "sparsify", "qat")
+"""Stages that several processes do together: those that train a whole model."""
+
+
+def follow(task: Task, around: World) -> Any:
+    """What all processes but the leader do: their part of every stage that trains.
+
+    Ends with what the leader hands out at the end. What a stage writes here is thrown away.
+    """
+    while isinstance(order := around.told(None), tuple):
+        step, source = order
+        with tempfile.TemporaryDirectory(prefix="compressor-follow-") as scratch:
+            try:
+                with together(around):
+                    into = Path(scratch) / step.name
+                    perform(STAGES[step.stage], source, task, into, **step.settings)
+            except Lost:
+                raise
+            except CompressorError:
+                continue  # the leader met the same, and says so
+    if not order:
+        raise StageError("the first process of this run stopped: its own messages say why")
+    return order
 
 
 def _changed(path: Path) -> int | None:

@@ -5,6 +5,7 @@ The best is chosen on the validation split and judged on the test split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,17 @@ from compressor.measure.fidelity import fidelity
 from compressor.measure.noise import conditions, flags
 from compressor.measure.protocol import Observed
 from compressor.measure.quantities import QUANTITIES
-from compressor.measure.statistics import Blocks, drop, noise_floor, speedup, verdict
+from compressor.measure.statistics import (
+    Blocks,
+    drops,
+    mcnemar,
+    noise_floor,
+    speedup,
+    verdict,
+)
 from compressor.measure.turns import CONTROL
 from compressor.measurement import Measurement, Target
-from compressor.metrics import METRICS
+from compressor.metrics import metrics_of, scores, value
 from compressor.recipe import BASELINE
 from compressor.task import Array, Task
 
@@ -193,8 +201,9 @@ def judged(
     """The ``accuracy`` and ``fidelity`` fields of one artifact on one split.
 
     ``{metric: value, ..., "n", "drop"}``, where ``drop`` is against the reference on the same
-    examples for the task's metric; a reason where there is nothing. ``targets`` are those of whole
-    splits, by name. Without data, fidelity is on made-up inputs.
+    examples for the task's metric; a reason where there is nothing. Final rows, those of ``test``,
+    have ``drops`` of every metric, and :func:`mcnemar` where an example is right or wrong.
+    ``targets`` are those of whole splits, by name. Without data, fidelity is on made-up inputs.
     """
     row = as_run(task, targets, outputs, name, split, reference)
     if row["accuracy"] is None:
@@ -203,14 +212,20 @@ def judged(
         why = why if task.splits else "no data"
         return {"skipped": why}, row["fidelity"]
     wanted, got = outputs.get(reference, {}).get(split), outputs[name][split]
-    how = METRICS[task.kind][task.metric]
-    lost: Row | None = None
+    final, metrics = split == "test", metrics_of(task)
+    asked = metrics if final else {task.metric: metrics[task.metric]}
+    lost: dict[str, Row] = {}
     if name == reference:
-        lost = {"value": 0.0, "low": 0.0, "high": 0.0}
+        lost = {key: dict.fromkeys(("value", "low", "high"), 0.0) for key in asked}
     elif wanted is not None:
-        scores = (how.score(one, targets[split]) for one in (wanted, got))
-        lost = drop(*scores, higher_is_better=how.higher_is_better, seed=task.seed)
-    return {**row["accuracy"], "drop": lost}, row["fidelity"]
+        lost = dict(drops(asked, wanted, got, targets[split], task.seed))
+    accuracy: Row = {**row["accuracy"], "drop": lost.get(task.metric)}
+    if final:
+        accuracy["drops"] = {key: each for key, each in lost.items() if key in row["accuracy"]}
+        if name != reference and wanted is not None and task.kind in ("classification", "binary"):
+            right = (scores(metrics["accuracy"], one, targets[split]) for one in (wanted, got))
+            accuracy["mcnemar"] = mcnemar(*(one for one in right if one is not None))
+    return accuracy, row["fidelity"]
 
 
 def as_run(
@@ -223,6 +238,7 @@ def as_run(
 ) -> Row:
     """``accuracy`` and ``fidelity`` as a measurement has them: no drop, ``None`` for nothing.
 
+    A metric that these outputs do not define, such as ROC AUC where a class is absent, is left out.
     Outputs of another shape than those of the first artifact that has any are not compared.
     """
     on = split if task.splits else "synthetic"
@@ -235,8 +251,9 @@ def as_run(
         found["fidelity"] = fidelity(task.kind, wanted, got)
     if got is not None and task.splits:
         found["accuracy"] = {
-            metric: float(how.score(got, targets[on]).mean())
-            for metric, how in METRICS[task.kind].items()
+            metric: figure
+            for metric, how in metrics_of(task).items()
+            if math.isfinite(figure := value(how, got, targets[on]))
         } | {"n": len(got)}
     return found
 
@@ -300,11 +317,12 @@ def choose(
     best = min([*fit, reference], key=lambda name: measured[name]["latency_ms"]["p50"])
     held = bool(fit)
     if best != reference:
-        lost = tested[best]["drop"]
-        if lost["value"] <= max_drop:
+        lost = tested[best].get("drop")
+        if lost is not None and lost["value"] <= max_drop:
             return Choice(best, _praise(task, best, measured[best], lost, max_drop, versus), True)
         held = False
-        why[best] = f"held the budget on validate but drops {lost['value']:.4f} on test"
+        on_test = "was not judged" if lost is None else f"drops {lost['value']:.4f}"
+        why[best] = f"held the budget on validate but {on_test} on test"
     lagging = "is not faster" if best == reference else f"was not chosen: {best} was faster"
     for name in fit:
         why.setdefault(name, f"holds the budget on validate but {lagging}")
@@ -330,7 +348,7 @@ def _praise(task: Task, best: str, row: Row, lost: Row, max_drop: float, versus:
         if lost["high"] <= max_drop
         else "the interval reaches past the budget, so that is not proven"
     )
-    unit = "" if METRICS[task.kind][task.metric].higher_is_better else " (relative)"
+    unit = "" if metrics_of(task)[task.metric].higher_is_better else " (relative)"
     return (
         f"{best} is recommended: {speed}, for a drop in {task.metric}{unit} of {lost['value']:.4f} "
         f"[{lost['low']:.4f}, {lost['high']:.4f}] against a budget of {max_drop:g}; {proven}."

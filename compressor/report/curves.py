@@ -1,4 +1,4 @@
-"""Beside the table: learning curves, throughput by batch, delay by load, further costs, noise."""
+"""Beside the table: learning, throughput by batch, delay by load, further costs, noise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compressor.report.drawing import BEST, HUES, INK, LONGEST, dress, paper, pn
 from compressor.report.table import (
     MISSING,
     Document,
+    Text,
     count,
     escaped,
     figures,
@@ -28,6 +29,7 @@ from compressor.report.table import (
     targets,
     variant,
 )
+from compressor.training.logs import lasting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,19 +45,37 @@ def histories(document: Document) -> list[dict[str, Any]]:
     """``{"artifact", "stage", "best", "epochs"}`` of every step that trained, each step once.
 
     ``artifact`` is the first that the step made, ``best`` whether the recommended one was made
-    with it, ``epochs`` its history: ``{"epoch", "loss", metric}`` after each epoch, the metric on
-    the validation split.
+    with it, ``epochs`` its history: ``{"epoch", "loss", metric, "train_" + metric}`` after each
+    epoch, the metric on the validation and on the training split where it was taken. What else is
+    known of an epoch is no curve.
     """
+    kept = ("epoch", "loss", metric_of(document), _train(document))
+    return [
+        {
+            "artifact": one["artifact"]["name"],
+            "stage": one["step"]["stage"],
+            "best": one["best"],
+            "epochs": [{key: epoch[key] for key in kept if key in epoch} for epoch in epochs],
+        }
+        for one in _steps(document)
+        if (epochs := _epochs(one["step"].get("facts", {})))
+    ]
+
+
+def _train(document: Document) -> str:
+    """The metric on what was trained on, as an epoch of a history names it."""
+    return f"train_{metric_of(document)}"
+
+
+def _steps(document: Document) -> list[dict[str, Any]]:
+    """Each step once: ``{"step", "artifact", "best"}``, as :func:`histories` has them."""
     found: list[dict[str, Any]] = []
     shown: list[Record] = []
     for artifact in document["artifacts"]:
         for step in artifact["steps"]:
-            if not (epochs := _epochs(step.get("facts", {}))):
-                continue
             if step not in shown:
                 shown.append(step)
-                one = {"artifact": artifact["name"], "stage": step["stage"], "epochs": epochs}
-                found.append({**one, "best": False})
+                found.append({"step": step, "artifact": artifact, "best": False})
             found[shown.index(step)]["best"] |= artifact["best"]
     return found
 
@@ -65,39 +85,85 @@ def _epochs(facts: Record) -> list[Mapping[str, float]]:
     history = facts.get("history")
     if not isinstance(history, list):
         return []
-    return [
-        epoch
+    numbers = (
+        {key: value for key, value in epoch.items() if isinstance(value, (int, float))}
         for epoch in history
         if isinstance(epoch, Mapping)
-        and {"epoch", "loss"} <= set(epoch)
-        and all(isinstance(value, (int, float)) for value in epoch.values())
-    ]
+    )
+    return [epoch for epoch in numbers if {"epoch", "loss"} <= set(epoch)]
 
 
 def learning(document: Document) -> bytes:
-    """A PNG of the loss on the training split and the metric on the validation split by epoch."""
-    found, metric = histories(document), metric_of(document)
+    """A PNG of the loss on the training split and the metric on the validation split by epoch.
+
+    Where the metric is known on the training split it is a dashed line of the same hue.
+    """
+    found, metric, train = histories(document), metric_of(document), _train(document)
+    known = {key for one in found for epoch in one["epochs"] for key in epoch}
     panels = [("loss", "loss in training")]
-    if any(metric in epoch for one in found for epoch in one["epochs"]):
-        panels.append((metric, f"{plain(metric)[:LONGEST]} on validate"))
+    if {metric, train} & known:
+        beside = "\n(dashed: on train)" if train in known else ""
+        panels.append((metric, f"{plain(metric)[:LONGEST]} on validate{beside}"))
     figure = paper(8, 3.6)
     every = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (key, words) in zip(every, panels, strict=True):
-        lines = [
-            (
-                one["best"],
-                [epoch["epoch"] for epoch in one["epochs"] if key in epoch],
-                [epoch[key] for epoch in one["epochs"] if key in epoch],
-            )
-            for one in found
-        ]
-        _lines(axes, lines)
+        _lines(axes, _by_epoch(found, key))
+        if key == metric and train in known:
+            _lines(axes, _by_epoch(found, train), style="--")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch", color=INK)
         axes.set_ylabel(words, color=INK, parse_math=False)
     _legend(figure, every[0], [f"{one['stage']} → {one['artifact']}" for one in found])
     title(every[0], document["name"])
     return png(figure)
+
+
+def _by_epoch(found: Sequence[Record], key: str) -> list[Line]:
+    """A line for each history, of the epochs that know ``key``; it may be empty."""
+    lines: list[Line] = []
+    for one in found:
+        known = [epoch for epoch in one["epochs"] if key in epoch]
+        ys = [epoch[key] for epoch in known]
+        lines.append((one["best"], [epoch["epoch"] for epoch in known], ys))
+    return lines
+
+
+def training(document: Document, *, markdown: bool = False) -> str:
+    """How long each step trained, how fast and on what, as a table; may be empty.
+
+    One row for each step that says so among its facts, ``training``, beside the first artifact
+    that it made. Throughput is in examples of the training split per second of training.
+    """
+    show: Text = escaped if markdown else plain
+    rows = []
+    for one in _steps(document):
+        facts = one["step"].get("facts", {}).get("training")
+        if not isinstance(facts, Mapping):
+            continue
+        cells = []
+        for field, said, absent in TRAINING.values():
+            value = facts.get(field, MISSING)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            cells.append(said(value) if number else show(absent if value is None else value))
+        name = variant(one["artifact"], markdown=markdown)
+        rows.append([name, show(one["step"]["stage"]), *cells])
+    return render(["variant", "stage", *TRAINING], rows, markdown=markdown, left=2) if rows else ""
+
+
+TRAINING: Mapping[str, tuple[str, Callable[[Any], str], str]] = {
+    "epochs": ("epochs", count, MISSING),
+    "best epoch": ("best_epoch", count, MISSING),
+    "stopped early": ("stopped", plain, "no"),
+    "time": ("seconds", lasting, MISSING),
+    "examples/s": ("examples_per_s", count, MISSING),
+    "device": ("device", plain, MISSING),
+    "precision": ("precision", plain, MISSING),
+    "processes": ("processes", count, MISSING),
+    "optimizer": ("optimizer", plain, MISSING),
+    "parameters": ("parameters", count, MISSING),
+    "teacher": ("teacher", plain, "none"),
+}
+"""What is told of training: header, field, how a number is written, what null says."""
 
 
 def throughput(document: Document) -> dict[str, str]:
@@ -271,7 +337,7 @@ def load(document: Document) -> bytes:
     return png(figure)
 
 
-def _lines(axes: Axes, lines: Sequence[Line]) -> None:
+def _lines(axes: Axes, lines: Sequence[Line], style: str = "-") -> None:
     """One line each, with a dot for each point; the recommended one on top."""
     hues = 0
     for best, xs, ys in lines:
@@ -279,6 +345,7 @@ def _lines(axes: Axes, lines: Sequence[Line]) -> None:
             xs,
             ys,
             color=BEST if best else HUES[hues % len(HUES)],
+            ls=style,
             lw=2.0 if best else 1.4,
             marker="o" if len(xs) <= 20 else None,
             markersize=5 if best else 4,

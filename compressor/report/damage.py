@@ -13,6 +13,7 @@ from compressor.report.table import (
     drop,
     escaped,
     figures,
+    metric_of,
     plain,
     render,
     score,
@@ -45,15 +46,17 @@ def lost(document: Document) -> str:
     single = [row for row in rows if "classes" not in row]
     if not single:
         return ""
+    metric = single[0].get("metric", metric_of(document))
+    by = "" if metric == metric_of(document) else f" {escaped(metric)}"
     beyond = sum(row["drop"]["low"] > 0 for row in single)
     every = len(single) + sum(row.get("classes", 0) for row in rows)
     if not beyond:
-        return f"None of {every} classes lost beyond noise: every interval reaches 0."
+        return f"None of {every} classes lost{by} beyond noise: every interval reaches 0."
     # Sorted by the interval's lower end, so that only one that did can hide among the others.
     least = "At least " if beyond == len(single) < every else ""
     return (
-        f"{least}{beyond} of {every} classes lost beyond noise: the whole interval lies above 0. "
-        "By chance alone that of 1 in 40 does."
+        f"{least}{beyond} of {every} classes lost{by} beyond noise: the whole interval lies above "
+        "0. By chance alone that of 1 in 40 does."
     )
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compressor.report import curves, damage, waterfall
+from compressor.report import curves, damage, judged, waterfall
 from compressor.report.plots import shown
 from compressor.report.table import (
     MISSING,
@@ -63,6 +63,7 @@ def _blocks(document: Document) -> Iterator[str]:
     yield _image(document, "Accuracy against latency", "pareto.png")
     yield escaped(placement(document, target))
     yield _bullets(escaped(note) for note in footnotes(document))
+    yield from _judged(document)
     yield from _stage_by_stage(document)
     yield from _damage(document)
     if others := further(document, markdown=True):
@@ -118,6 +119,19 @@ def _blocks(document: Document) -> Iterator[str]:
 
 def _image(document: Document, words: str, name: str) -> str:
     return f"![{words}]({name})" if name in shown(document) else ""
+
+
+def _judged(document: Document) -> Iterator[str]:
+    """Every metric, and what the recommended artifact takes each class for."""
+    every, taken = judged.metrics(document), judged.confusion(document)
+    if every or taken:
+        yield "## Metrics"
+    if every:
+        yield judged.legend(document)
+        yield every
+    if taken:
+        yield f"Test examples of {escaped(best(document))} by true class (rows) and predicted:"
+        yield taken
 
 
 def _stage_by_stage(document: Document) -> Iterator[str]:

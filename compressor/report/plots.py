@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from compressor.report import curves, damage, waterfall
+from compressor.report import curves, damage, robust, waterfall
 from compressor.report.drawing import BEST, INK, LONGEST, POINT, QUIET, dress, paper, png, title
 from compressor.report.table import Document, label, measured, metric_of, plain, primary
 
@@ -89,6 +89,7 @@ PICTURES: dict[str, tuple[Callable[[Document], object], Callable[[Document], byt
     "waterfall.png": (waterfall.waterfall, waterfall.picture),
     "worst.png": (damage.pictured, damage.picture),
     "load.png": (curves.loads, curves.load),
+    "robustness.png": (robust.pictured, robust.picture),
     "curves.png": (curves.histories, curves.learning),
 }
 """Name of a picture: what it shows, nothing where it has nothing to show, and how it is drawn."""

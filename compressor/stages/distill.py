@@ -1,30 +1,27 @@
-"""Recovery: fine-tuning with distillation from the original model."""
+"""Recovery: training on, with the original model or another as teacher."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.artifact import Torch
-from compressor.errors import Unsuitable
+from compressor.errors import InputError, Unsuitable
 from compressor.loading import torchfile
-from compressor.loading.task import first
+from compressor.stages.folds import crossed
 from compressor.stages.mask import held
 from compressor.task import Task
-from compressor.training.loop import Epoch, fit
-from compressor.training.losses import LOSSES
+from compressor.training import augment, mixing
+from compressor.training.recovery import aimed, clean, epochs_for, made_up, recover
+from compressor.training.settings import DEFAULT, Training
 
-EXAMPLES = 60_000
-"""Without ``epochs``: so many that about this many examples are seen ..."""
-
-MOST_EPOCHS = 60
-"""... but never more than this."""
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 
 def distill(
@@ -32,102 +29,87 @@ def distill(
     task: Task,
     into: Path,
     *,
-    epochs: Annotated[int, Field(ge=1)] | None = None,
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3,
-    batch_size: Annotated[int, Field(ge=2)] = 64,
-    loss: Literal["distill", "labels"] = "distill",
-    temperature: Annotated[float, Field(gt=0)] = 4.0,
+    training: Training = DEFAULT,
+    loss: str | dict[str, Weight] = "distill",
+    temperature: Positive = 4.0,
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    layers: tuple[str, ...] | None = None,
+    synthesize: Annotated[int, Field(ge=16)] | None = None,
+    folds: Annotated[int, Field(ge=2)] | None = None,
 ) -> Torch:
-    """Trains on, with ``weight`` on the teacher's outputs and the rest on labels.
+    """Trains on, with ``weight`` on what the teacher says and the rest on labels.
 
-    The teacher is the task's original model (Hinton et al. 2015; outputs are matched by squared
-    error where the task is a regression). ``loss = "labels"`` is plain fine-tuning. ``epochs`` of
-    ``None`` means as many as show about 60,000 examples, 1 to 60. The weights that do best on the
-    validation split stay.
+    The teacher is the task's original model, or those of ``--teacher``. ``loss`` names what of it
+    is imitated, one of :data:`~compressor.training.losses.LOSSES` (``distill`` is ``kd``), or is a
+    table of losses and their weights, user's functions among them; ``labels`` is plain
+    fine-tuning. ``layers`` are ``STUDENT=TEACHER`` for losses on hidden layers, which are paired by
+    their names otherwise. Training examples without a label count for the teacher's part only.
 
-    Frozen parameters stay as they are. Raises :class:`Unsuitable` without data and where every
-    parameter is frozen.
+    Without data, ``synthesize`` makes so many examples from the teacher's batch statistics (Yin et
+    al. 2020), and the teacher alone is imitated. ``folds`` adds to the facts what the same training
+    reaches in cross-validation.
+
+    The weights that do best on the validation split stay; frozen parameters stay as they are.
+    Training that was killed goes on from its last epoch. Raises :class:`Unsuitable` without data
+    and where every parameter is frozen.
     """
+    if task.splits is None and synthesize:
+        task = made_up(task, synthesize)
     if task.splits is None:
-        raise Unsuitable("no data to train on: add --data SPEC")
-    resolved = epochs or epochs_for(task)
+        raise Unsuitable("no data to train on: add --data SPEC, or set synthesize")
+    how = replace(training, epochs=training.epochs or epochs_for(task))
+    aim = aimed(task, loss, weight, temperature, layers)
     model, edits = torchfile.open_model(artifact, task)
+    facts: dict[str, Any] = {}
+    if folds:
+
+        def again(part: Task) -> nn.Module:
+            one, _ = torchfile.open_model(artifact, part)
+            with held(one, artifact):
+                recover(one, part, how, aim, keep="last")
+            return one
+
+        facts["folds"] = crossed(task, folds, again)
+    key = f"{artifact.digest} {how.to_json()} {aim} {task.reads} {task.seed}"
     with held(model, artifact):
-        history = recover(
-            model,
-            task,
-            epochs=resolved,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            loss=loss,
-            temperature=temperature,
-            weight=weight,
-        )
+        fitted = recover(model, task, how, aim, into=into, key=key)
     path = into.with_name(into.name + torchfile.SUFFIX)
-    torchfile.write(path, model, task.source, edits)
+    torchfile.write(path, model, torchfile.origin(artifact), edits)
+    clean(into)
     settings = {
-        "epochs": resolved,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
+        **how.to_json(),
         "loss": loss,
         "temperature": temperature,
         "weight": weight,
+        "layers": layers and list(layers),
+        "synthesize": synthesize,
+        "folds": folds,
     }
-    return artifact.then(path, "torch", "distill", settings, history=history)
+    facts |= {"losses": dict(aim.weights), "training": fitted.facts, "history": fitted.history}
+    return artifact.then(path, "torch", "distill", settings, **facts)
 
 
-def taught(
-    task: Task, temperature: float = 4.0, weight: float = 0.5
-) -> Callable[[Tensor, tuple[Tensor, ...], Tensor], Tensor]:
-    """The loss of recovery: ``weight`` on the outputs of the task's original model, the rest on
-    labels."""
-    teacher = task.model().eval()
-    labels, imitation = LOSSES[task.kind]
-
-    def loss(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        value = labels(outputs, targets)
-        if weight:
-            with torch.no_grad():
-                goal = first(teacher(*inputs))
-            value = (1 - weight) * value + weight * imitation(outputs, goal, temperature)
-        return value
-
-    return loss
+def suited(task: Task, **settings: Any) -> None:
+    """Raises :class:`InputError` for settings that do not fit the task, before any work."""
+    given = {name: settings[name] for name in ("loss", "weight", "layers")}
+    aimed(task, **given)
+    trainable(task, **settings)
 
 
-def epochs_for(task: Task) -> int:
-    """As many epochs as show about :data:`EXAMPLES` examples of the task's training split."""
-    assert task.splits is not None
-    return max(1, min(MOST_EPOCHS, math.ceil(EXAMPLES / len(task.splits.train))))
-
-
-def recover(
-    model: nn.Module,
-    task: Task,
-    *,
-    epochs: int,
-    learning_rate: float = 3e-3,
-    batch_size: int = 64,
-    loss: str = "distill",
-    temperature: float = 4.0,
-    weight: float = 0.5,
-) -> list[Epoch]:
-    """Trains ``model`` in place, as :func:`distill` does; gives the history.
-
-    Raises :class:`Unsuitable` where every parameter is frozen.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise Unsuitable("every parameter is frozen: nothing can be trained")
-    assert task.splits is not None
-    return fit(
-        model,
-        task.splits,
-        taught(task, temperature, weight if loss == "distill" else 0.0),
-        kind=task.kind,
-        metric=task.metric,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        seed=task.seed,
-    )
+def trainable(task: Task, **settings: Any) -> None:
+    """What the settings of training ask of the task; raises :class:`InputError`."""
+    for name in settings["augment"]:
+        if ":" in name and name not in task.functions:
+            raise InputError(f"augment {name!r} is code to run: add --augment {name} if you trust "
+                             "it")  # fmt: skip
+    if task.splits is None:
+        return
+    head = tuple(map(torch.from_numpy, task.splits.train.head(2)[0]))
+    if settings["augment"]:
+        augment.checked(settings["augment"], task.kind)
+        ends = torch.zeros(head[0].shape[1]), torch.ones(head[0].shape[1])
+        augment.augmentation(settings["augment"], head[0], *ends, task.functions)
+    mixing.fits(head, settings["mixup"], settings["cutmix"])
+    if settings["cutmix"] and task.kind == "segmentation":
+        raise InputError(f"cutmix {settings['cutmix']:g}: a patch would keep the labels of the "
+                         "picture it covers in a segmentation: leave it out")  # fmt: skip

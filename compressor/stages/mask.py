@@ -69,7 +69,7 @@ def mask(
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise Unsuitable(f"no weight becomes zero ({why or 'no layer has as many left to mask'})")
     path = into.with_name(into.name + torchfile.SUFFIX)
-    torchfile.write(path, model, task.source, edits)
+    torchfile.write(path, model, torchfile.origin(artifact), edits)
     sizes = {name: one.parameter.numel() for name, one in found.items()}
     zeros, size = sum(after.values()), sum(sizes.values())
     return artifact.then(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,16 @@ from compressor.errors import Unsuitable, one_line
 from compressor.loading import fakequant, torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.loading.rewrites import folds
-from compressor.stages.distill import epochs_for, recover
+from compressor.metrics import metrics_of
 from compressor.stages.mask import held
 from compressor.stages.quantize import calibration
 from compressor.stages.quantize.kernels import codes
 from compressor.task import Task
 from compressor.training.evaluation import evaluate
+from compressor.training.recovery import aimed, clean, epochs_for, recover
+from compressor.training.settings import Training
+
+GENTLE = Training(learning_rate=5e-4)
 
 SHARE = 3
 """Without ``epochs``: recovery's, divided by this."""
@@ -35,9 +40,7 @@ def qat(
     task: Task,
     into: Path,
     *,
-    epochs: Annotated[int, Field(ge=1)] | None = None,
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4,
-    batch_size: Annotated[int, Field(ge=2)] = 64,
+    training: Training = GENTLE,
     temperature: Annotated[float, Field(gt=0)] = 4.0,
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
     samples: Annotated[int, Field(ge=1)] = 512,
@@ -56,39 +59,41 @@ def qat(
     """
     if task.splits is None:
         raise Unsuitable("no data to train on: add --data SPEC")
-    resolved = epochs or max(1, epochs_for(task) // SHARE)
+    how = replace(training, epochs=training.epochs or max(1, epochs_for(task) // SHARE))
     model, edits = torchfile.open_model(artifact, task)
     if any(edit["edit"] == "fake_quantize" for edit in edits):
         raise Unsuitable("it is trained for int8 already")
-    before = evaluate(model, task.splits.validate, task.kind, task.metric)
+    metric = metrics_of(task)[task.metric]
+    before = evaluate(model, task.splits.validate, metric)
     added: list[Edit] = [*folded(model, *next(_batches(task, samples)))]
     try:
         added.append(fakequant.survey(model, _batches(task, samples), codes().bits))
     except ValueError as error:
         raise Unsuitable(f"int8 training does not suit the model: {one_line(error)}") from None
-    ranged = evaluate(model, task.splits.validate, task.kind, task.metric)
+    ranged = evaluate(model, task.splits.validate, metric)
+    aim = aimed(task, weight=weight, temperature=temperature)
+    key = f"{artifact.digest} {how.to_json()} {aim} {samples} {task.reads} {task.seed}"
     with held(model, artifact):
-        history = recover(
-            model,
-            task,
-            epochs=resolved,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            temperature=temperature,
-            weight=weight,
-        )
+        fitted = recover(model, task, how, aim, into=into, key=key)
     path = into.with_name(into.name + torchfile.SUFFIX)
-    torchfile.write(path, model, task.source, [*edits, *added])
+    torchfile.write(path, model, torchfile.origin(artifact), [*edits, *added])
+    clean(into)
     settings = {
-        "epochs": resolved,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
+        **how.to_json(),
         "temperature": temperature,
         "weight": weight,
         "samples": samples,
     }
     start = {"float": before, "ranges": ranged}
-    return artifact.then(path, "torch", "qat", settings, validate=start, history=history)
+    return artifact.then(
+        path,
+        "torch",
+        "qat",
+        settings,
+        validate=start,
+        training=fitted.facts,
+        history=fitted.history,
+    )
 
 
 def _batches(task: Task, samples: int) -> Iterator[tuple[Tensor, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -15,13 +16,13 @@ from compressor.artifact import Torch
 from compressor.errors import Unsuitable
 from compressor.loading import torchfile
 from compressor.measure.threads import one_thread
-from compressor.stages.distill import epochs_for, taught
 from compressor.stages.mask import held
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.rewriting import attentions
 from compressor.stages.prune.sound import Sound
 from compressor.task import Task
-from compressor.training.loop import Epoch, fit
+from compressor.training.recovery import clean, epochs_for, recover
+from compressor.training.settings import DEFAULT, Training
 
 STRENGTH = {"bn": 1e-4, "group": 3e-3}
 """Without ``strength``. Network Slimming's own for scales; for groups, 1e-4 did nothing on a CNN
@@ -38,9 +39,7 @@ def sparsify(
     *,
     penalty: Literal["bn", "group"] = "group",
     strength: Annotated[float, Field(gt=0)] | None = None,
-    epochs: Annotated[int, Field(ge=1)] | None = None,
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3,
-    batch_size: Annotated[int, Field(ge=2)] = 64,
+    training: Training = DEFAULT,
 ) -> Torch:
     """Trains as :func:`~compressor.stages.distill.distill` does, and adds ``strength`` * penalty.
 
@@ -62,7 +61,7 @@ def sparsify(
     """
     if task.splits is None:
         raise Unsuitable("no data to train on: add --data SPEC")
-    resolved = epochs or epochs_for(task)
+    how = replace(training, epochs=training.epochs or epochs_for(task))
     model, edits = torchfile.open_model(artifact, task)
     if penalty == "bn":
         units = scales_of(model)
@@ -76,44 +75,29 @@ def sparsify(
         units = units_of(model, sound.groups)
         if not units.layers:
             raise Unsuitable("no units that can be cut and trained")
-    recovery = taught(task)
     strength = STRENGTH[penalty] if strength is None else strength
-
-    def loss(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
-        return recovery(outputs, inputs, targets) + strength * units.penalty()
-
-    last: dict[str, Tensor] = {}
-
-    def seen(epoch: int, epochs: int, facts: Epoch) -> None:
-        if epoch == epochs:
-            last.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     with torch.no_grad():
         before = units.norms()
     with held(model, artifact):
-        history = fit(
+        fitted = recover(
             model,
-            task.splits,
-            loss,
-            kind=task.kind,
-            metric=task.metric,
-            epochs=resolved,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            seed=task.seed,
-            progress=seen,
+            task,
+            how,
+            penalty=lambda: strength * units.penalty(),
+            keep="last",
+            into=into,
+            key=f"{artifact.digest} {how.to_json()} {penalty} {strength} {task.reads} {task.seed}",
         )
-    model.load_state_dict(last)
     with torch.no_grad():
         after = units.norms()
     path = into.with_name(into.name + torchfile.SUFFIX)
-    torchfile.write(path, model, task.source, edits)
+    torchfile.write(path, model, torchfile.origin(artifact), edits)
+    clean(into)
     settings = {
         "penalty": penalty,
         "strength": strength,
-        "epochs": resolved,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
+        **how.to_json(),
     }
     shares = [units.shares(norms) for norms in (before, after)]
     return artifact.then(
@@ -121,7 +105,8 @@ def sparsify(
         "torch",
         "sparsify",
         settings,
-        history=history,
+        training=fitted.facts,
+        history=fitted.history,
         penalty=[strength * float(norms @ units.scale) for norms in (before, after)],
         shares={layer: [share[layer] for share in shares] for layer in shares[0]},
         units=len(before),
@@ -151,14 +136,17 @@ class Units(NamedTuple):
             else parameter.square()
             for parameter, axis in self.axes
         ]
-        summed = torch.zeros_like(self.scale).index_add(
-            0, self.unit, torch.cat(squares).index_select(0, self.at).to(self.scale.dtype)
+        elements = torch.cat(squares)  # where the model trains, which may be a GPU
+        at, unit, scale = (one.to(elements.device) for one in (self.at, self.unit, self.scale))
+        summed = torch.zeros_like(scale).index_add(
+            0, unit, elements.index_select(0, at).to(scale.dtype)
         )
         return summed.clamp_min(torch.finfo(summed.dtype).tiny).sqrt()
 
     def penalty(self) -> Tensor:
         """The sum of all norms, each times its scale."""
-        return self.norms() @ self.scale
+        norms = self.norms()
+        return norms @ self.scale.to(norms.device)
 
     def shares(self, norms: Tensor) -> dict[str, float]:
         """Each layer's part of the penalty, in all 1."""

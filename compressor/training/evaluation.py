@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.loading.task import first
-from compressor.metrics import METRICS
-from compressor.task import Kind, Split
+from compressor.metrics import Metric, Scores, scores, value
+from compressor.task import Array, Split
+from compressor.training.world import here
 
 EVALUATED = 8 << 20
 """Bytes of inputs that are evaluated together: what a network makes of them is many times that,
 5 GB for 256 pictures of 224x224 in EfficientNet-lite0."""
 
 
-def evaluate(model: nn.Module, split: Split, kind: Kind, metric: str) -> float:
-    """Mean of the metric over the split, in PyTorch; the model is left in eval mode."""
-    return float(scores(model, split, kind, metric).mean())
+def evaluate(model: nn.Module, split: Split, how: Metric) -> float:
+    """The metric over the split, in PyTorch; the model is left in eval mode.
+
+    Processes that train together share the examples.
+    """
+    each = scored(model, split, how)
+    if each is not None:
+        return float(each.mean())
+    parts = list(_outputs(model, split))
+    outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+    world = here()
+    outputs, targets = (
+        world.gathered(torch.from_numpy(part), len(split)).numpy() for part in (outputs, targets)
+    )
+    return value(how, outputs, targets)
 
 
-def scores(model: nn.Module, split: Split, kind: Kind, metric: str) -> NDArray[np.float64]:
-    """The metric of each example of the split, shape ``(n,)``; leaves the model in eval mode."""
+def scored(model: nn.Module, split: Split, how: Metric) -> Scores | None:
+    """The metric of each example of the split, shape ``(n,)``, where it has such; leaves the model
+    in eval mode."""
+    found = [np.zeros(0)]
+    for outputs, targets in _outputs(model, split):
+        each = scores(how, outputs, targets)
+        if each is None:
+            return None
+        found.append(each)
+    return here().gathered(torch.from_numpy(np.concatenate(found)), len(split)).numpy()
+
+
+def _outputs(model: nn.Module, split: Split) -> Iterator[tuple[Array, Array]]:
+    """Outputs and targets of this process's share of the split, in batches."""
     model.eval()
-    found = []
+    device = device_of(model)
     one = sum(part.nbytes for part in split.head(1)[0])
     size = max(1, min(256, EVALUATED // max(one, 1)))
-    with torch.inference_mode():
-        for inputs, targets in split.batches(size):
-            outputs = first(model(*map(torch.from_numpy, inputs))).numpy()
-            found.append(METRICS[kind][metric].score(outputs, targets))
-    return np.concatenate(found)
+    with torch.no_grad():
+        for inputs, targets in split.take(here().mine(np.arange(len(split)))).batches(size):
+            given = (torch.from_numpy(part).to(device) for part in inputs)
+            yield first(model(*given)).cpu().numpy(), targets
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes: the device of its first tensor, the CPU where it has none."""
+    own: Tensor | None = next(iter(model.state_dict().values()), None)
+    return torch.device("cpu") if own is None else own.device

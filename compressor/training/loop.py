@@ -3,92 +3,331 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import clip_grad_norm_
 
 from compressor.errors import StageError
-from compressor.loading.task import first
 from compressor.measure.threads import threads_for
-from compressor.metrics import METRICS
-from compressor.task import Kind, Splits
+from compressor.metrics import Metric
+from compressor.task import Splits
+from compressor.training import saved
+from compressor.training.augment import augmentation, span
+from compressor.training.average import Average
 from compressor.training.evaluation import evaluate
+from compressor.training.loader import automatic, batches, resident
+from compressor.training.mixing import mix
+from compressor.training.optimisers import OPTIMISERS, scheduled
+from compressor.training.placing import Placed, compiling, undisturbed
+from compressor.training.saved import Stand
+from compressor.training.settings import Training
+from compressor.training.world import World, here, reduced
 
 Epoch = dict[str, float]
+
+Positions = NDArray[np.intp]
+
+RESIDENT = 1 << 30
+"""Bytes of a training split that is read once and then held; a larger one is read every epoch."""
+
+LOOKS = 32
+"""Steps after which losses are looked at where looking waits for a device or another process."""
+
+KEPT = ("history", "best", "found", "spent")
+"""What the loop itself keeps beside what training moves."""
+
+SHOWN = 1.0
+"""Seconds between two looks at an epoch's progress."""
+
+
+class Batch(NamedTuple):
+    """What one step sees, on the device: ``inputs``, shapes ``(n, ...)``, and ``targets``.
+
+    ``at`` are the positions of the examples in the training split. Where examples were mixed,
+    example ``i`` is ``share`` of itself and the rest of ``partner[i]``.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+    at: Positions
+    partner: Tensor | None = None
+    share: float = 1.0
+
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""``objective(net, batch)`` runs the network and gives the mean loss of the batch's examples."""
+
+
+class Fitted(NamedTuple):
+    """What training gave: the ``history``, an entry for each epoch, and ``facts`` of the whole."""
+
+    history: list[Epoch]
+    facts: dict[str, Any]
+
+
+class Watch(NamedTuple):
+    """Who is told how training goes.
+
+    ``shown(facts, epochs, seconds)`` gets the facts so far, ``facts["epoch"]`` whole at the end of
+    an epoch and in between before that, and the seconds since training began; ``wrote(epoch,
+    facts)`` every finished epoch; ``stepped()`` every step.
+    """
+
+    shown: Callable[[Epoch, int, float], None] = lambda facts, epochs, seconds: None
+    wrote: Callable[[int, Epoch], None] = lambda epoch, facts: None
+    stepped: Callable[[], None] = lambda: None
+
+
+Watching = Callable[[int], AbstractContextManager[Watch]]
+"""Opened once training begins, with the number of epochs that were finished before."""
+
+
+def unwatched(resumed: int) -> AbstractContextManager[Watch]:
+    """Nobody is told."""
+    return nullcontext(Watch())
 
 
 def fit(
     model: nn.Module,
     splits: Splits,
-    loss: Callable[[Tensor, tuple[Tensor, ...], Tensor], Tensor],
+    objective: Objective,
+    training: Training,
     *,
-    kind: Kind,
-    metric: str,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
+    metric: tuple[str, Metric],
     seed: int,
-    progress: Callable[[int, int, Epoch], None] = lambda epoch, epochs, facts: None,
-) -> list[Epoch]:
-    """Trains ``model`` in place with Adam under a one-cycle schedule; gives the history.
+    functions: Mapping[str, Callable[..., Any]] = {},
+    beside: Sequence[nn.Module] = (),
+    keep: Literal["best", "last"] = "best",
+    resume: tuple[Path, str] | None = None,
+    watching: Watching = unwatched,
+) -> Fitted:
+    """Trains ``model`` in place, as ``training`` says, which names the epochs.
 
-    ``loss(outputs, inputs, targets)`` is minimised over ``splits.train``. After every epoch the
-    metric is taken on ``splits.validate``; the best weights seen, those before training included,
-    are the ones that stay. The same seed gives the same weights on the same machine and threads.
+    ``objective`` is minimised over ``splits.train``. After every epoch the ``metric`` (its name,
+    and how it is computed) is taken on ``splits.validate``; the ``best`` weights seen, those before
+    training included, are the ones that stay, or the ``last``. ``functions`` are the user's own,
+    by name; the parameters of the modules ``beside`` train along. ``resume`` names a file where
+    training stands after every epoch and a key of what is trained: with the same key it goes on
+    from there.
+
+    The same seed gives the same weights on the same machine and threads, resumed or not. With
+    several processes (:mod:`compressor.training.world`) each takes its share of every batch, and
+    gradients are averaged: the same steps as one process takes, but for the statistics of batch
+    normalisation on the CPU, which each process takes of its own share.
 
     Raises :class:`StageError` when the loss or the metric becomes NaN or infinite; the model then
     holds its best weights.
     """
-    threads = threads_for(model, splits.train.head(1)[0], batch_size)
-    # Dropout draws from the global generator, whose state is the caller's.
-    with threads, torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    assert training.epochs is not None
+    train, epochs = resident(splits.train, RESIDENT), training.epochs
+    world, name, how = here(), *metric
+    with ExitStack() as open_:
+        open_.enter_context(threads_for(model, train.head(1)[0], training.batch_size, world.local))
+        # Dropout draws from the global generator, whose state is the caller's.
+        open_.enter_context(torch.random.fork_rng())
+        open_.enter_context(torch.enable_grad())
+        open_.enter_context(undisturbed())
+        open_.enter_context(compiling(training))
+        placed = Placed(model, training, world)
+        net, device = placed.net, placed.device
+        aside = [parameter for one in beside for parameter in one.parameters()]
+        moved = [one for one in placed.inner.parameters() if one.requires_grad]
+        optimiser = OPTIMISERS[training.optimizer]([*moved, *aside], training)
+        scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "fp16")
+        average = Average(placed.inner, training.ema) if training.ema else None
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision)
+        changed = _changed(training, splits, functions)
+        workers = automatic(train) if training.workers is None else training.workers
         order = np.random.default_rng(seed)
-        steps = math.ceil(len(splits.train) / batch_size)
-        optimiser = torch.optim.Adam(model.parameters(), lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, max_lr=learning_rate, total_steps=max(epochs * steps, 1), pct_start=0.2
-        )
-        better = METRICS[kind][metric].higher_is_better
-        best, kept = evaluate(model, splits.validate, kind, metric), _state(model)
-        history: list[Epoch] = []
+        least = _least(model, world)
+        count = len(_steps(np.arange(len(train)), training.batch_size, least))
+        schedule = scheduled(optimiser, training, epochs * math.ceil(count / training.accumulate))
+        looks = 1 if device.type == "cpu" and world.size == 1 else LOOKS
 
-        def check(title: str, value: float, epoch: int) -> None:
+        stand = Stand(placed, optimiser, schedule, scaler, average, beside)
+        best, kept, found = evaluate(placed.inner, splits.validate, how), placed.state(), 0
+        history: list[Epoch] = []
+        spent, stopped = 0.0, None
+        if resume and (stood := world.told(saved.read(*resume) if world.leader else None)):
+            kept = stand.restore(*stood)
+            history, best, found, spent = (stood[1][key] for key in KEPT)
+            for _ in history:
+                order.permutation(len(train))
+
+        def check(title: str, value: float, where: str) -> None:
             if not math.isfinite(value):
-                model.load_state_dict(kept)
+                placed.put(kept)
                 raise StageError(
-                    f"the {title} became {value} in epoch {epoch}; lower learning_rate "
-                    f"({learning_rate:g})"
+                    f"the {title} became {value} in {where}; the best weights were put back: "
+                    f"lower learning_rate ({training.learning_rate:g}), or clip the gradient"
                 )
 
-        for epoch in range(1, epochs + 1):
-            model.train()
-            total, count = 0.0, 0
-            for inputs, targets in splits.train.batches(batch_size, order):
-                if len(targets) == 1 and steps > 1:
-                    schedule.step()
-                    continue  # batch normalisation has no statistics of one example
-                batch = tuple(map(torch.from_numpy, inputs))
-                value = loss(first(model(*batch)), batch, torch.from_numpy(targets))
-                check("loss", value.item(), epoch)
+        watch = open_.enter_context(watching(len(history)))
+        began = time.monotonic() - spent
+        for epoch in range(len(history) + 1, epochs + 1):
+            if training.patience and epoch - 1 - found >= training.patience:
+                stopped = f"no better {name} in {training.patience} epochs"
+                break
+            # Each epoch from a seed of its own: one that is resumed draws what it would have drawn.
+            torch.manual_seed(_seed(seed, epoch, world.rank))
+            placed.inner.train()
+            steps = _steps(order.permutation(len(train)), training.batch_size, least)
+            shares = [world.mine(at) for at in steps]
+            fed = batches(train, shares, workers=workers, pin=device.type == "cuda")
+            unseen: list[Tensor] = []
+            total, seen = 0.0, 0
+            started = shown = time.monotonic()
+            for number, (given, step, share) in enumerate(zip(fed, steps, shares, strict=True)):
+                batch = changed(_laid(given, share, device, training.channels_last))
+                window = _window(steps, number, training.accumulate)
+                last = step is window[-1]
+                part = len(batch.at) * world.size / sum(map(len, window))
+                with placed.quiet(last):
+                    with torch.autocast(device.type, half, enabled=half is not None):
+                        value = objective(net, batch)
+                    unseen.append(value.detach() * (len(batch.at) / len(step)))
+                    if len(unseen) == looks or step is steps[-1]:
+                        first = number + 1 - len(unseen)
+                        for at, mean in enumerate(_looked(unseen, world), first):
+                            check("loss", mean, f"epoch {epoch}, step {at + 1}")
+                            total, seen = total + mean * len(steps[at]), seen + len(steps[at])
+                        unseen.clear()
+                    if training.l1:
+                        value = value + training.l1 * sum(one.abs().sum() for one in moved)
+                    scaler.scale(value if part == 1 else value * part).backward()  # type: ignore[no-untyped-call]
+                watch.stepped()
+                if not last:
+                    continue
+                reduced([one.grad for one in aside], world)
+                if training.clip:
+                    scaler.unscale_(optimiser)
+                    clip_grad_norm_([*moved, *aside], training.clip)
+                scaler.step(optimiser)
+                scaler.update()
                 optimiser.zero_grad(set_to_none=True)
-                value.backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
                 schedule.step()
-                total, count = total + value.item() * len(targets), count + len(targets)
-            seen = evaluate(model, splits.validate, kind, metric)
-            check(f"{metric} on validate", seen, epoch)
-            if seen > best if better else seen < best:
-                best, kept = seen, _state(model)
-            history.append({"epoch": epoch, "loss": total / count, metric: seen})
-            progress(epoch, epochs, history[-1])
-        model.load_state_dict(kept)
-        model.eval()
-        return history
+                if average:
+                    average.update()
+                if (now := time.monotonic()) - shown >= SHOWN and seen:
+                    shown, done = now, epoch - 1 + (number + 1) / len(steps)
+                    so_far = {"loss": total / seen, "examples_per_s": seen / (now - started)}
+                    watch.shown({"epoch": done, **so_far}, epochs, now - began)
+            trained = time.monotonic() - started
+            with average.worn() if average else nullcontext():
+                reached = evaluate(placed.inner, splits.validate, how)
+                check(f"{name} on validate", reached, f"epoch {epoch}")
+                better = reached > best if how.higher_is_better else reached < best
+                if better:
+                    best, found = reached, epoch
+                if better or keep == "last":
+                    kept = placed.state()
+            history.append({"epoch": epoch, "loss": total / seen, name: reached})
+            history[-1] |= {
+                "rate": schedule.get_last_lr()[0],
+                "seconds": round(trained, 3),
+                "examples_per_s": round(seen / trained, 1),
+            }
+            spent = time.monotonic() - began
+            if resume and world.leader and not training.shard:
+                stands = zip(KEPT, (history, best, found, spent), strict=True)
+                stand.write(*resume, kept, dict(stands))
+            watch.wrote(epoch, history[-1])
+            watch.shown(history[-1], epochs, spent)
+        placed.put(kept)
+        placed.back(model)
+        return Fitted(
+            history,
+            {
+                "epochs": len(history),
+                "best_epoch": found if keep == "best" else len(history),
+                "stopped": stopped,
+                "seconds": round(spent, 3),
+                "examples_per_s": _rate(history),
+                "device": str(device),
+                "precision": training.precision,
+                "processes": world.size,
+                "optimizer": training.optimizer,
+                "parameters": sum(one.numel() for one in model.parameters() if one.requires_grad),
+            },
+        )
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def _steps(order: Positions, size: int, least: int) -> list[Positions]:
+    """The positions of each step; a last one that is too small is left out, unless it is all."""
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [part for part in parts if len(part) >= least] or parts
+
+
+def _least(model: nn.Module, world: World) -> int:
+    """Examples that a step needs: one for each process, two where statistics are taken of them."""
+    normal = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return world.size * (2 if normal else 1)
+
+
+def _window(steps: list[Positions], number: int, accumulate: int) -> list[Positions]:
+    """The steps whose gradients are added to those of step ``number``."""
+    first = number - number % accumulate
+    return steps[first : first + accumulate]
+
+
+def _laid(
+    given: tuple[tuple[Tensor, ...], Tensor], at: Positions, device: torch.device, last: bool
+) -> Batch:
+    """The batch on its device, pictures with their channels ``last`` if asked."""
+    inputs = tuple(part.to(device, non_blocking=True) for part in given[0])
+    if last:
+        inputs = tuple(
+            part.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else part
+            for part in inputs
+        )
+    return Batch(inputs, given[1].to(device, non_blocking=True), at)
+
+
+def _looked(losses: list[Tensor], world: World) -> list[float]:
+    """The values of losses, each summed over the processes."""
+    if len(losses) == 1 and world.size == 1:
+        return [losses[0].item()]  # a stack of one costs a small network a percent
+    values = torch.stack(losses).float()
+    world.sums(values)
+    return values.tolist()
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _rate(history: list[Epoch]) -> float | None:
+    """Examples per second over all epochs, evaluation left out."""
+    seconds = sum(one["seconds"] for one in history)
+    seen = sum(one["examples_per_s"] * one["seconds"] for one in history)
+    return round(seen / seconds, 1) if seconds else None
+
+
+def _changed(
+    training: Training, splits: Splits, functions: Mapping[str, Callable[..., Any]]
+) -> Callable[[Batch], Batch]:
+    """What augments and mixes a batch, as asked."""
+    augment: Callable[[Tensor], Tensor] = lambda pictures: pictures  # noqa: E731
+    if training.augment:
+        example = torch.from_numpy(splits.train.head(2)[0][0])
+        low, high = span(splits.train)
+        augment = augmentation(training.augment, example, low, high, functions)
+
+    def changed(batch: Batch) -> Batch:
+        pictures, *others = batch.inputs
+        inputs = (augment(pictures), *others)
+        if not (training.mixup or training.cutmix):
+            return batch._replace(inputs=inputs)
+        mixed, partner, share = mix(inputs, training.mixup, training.cutmix)
+        return batch._replace(inputs=mixed, partner=partner, share=share)
+
+    return changed

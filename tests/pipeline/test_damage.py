@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 from compressor.measure.statistics import drop
-from compressor.metrics import METRICS, sign
-from compressor.pipeline.damage import classes, thumbnail, worst
-from compressor.task import Array, Input, Kind, Split, Task
+from compressor.metrics import METRICS, own, sign, value
+from compressor.pipeline.damage import CLASSES, classes, confusion, thumbnail, worst
+from compressor.task import UNLABELLED, Array, Input, Kind, Split, Splits, Task
+
+document = importlib.import_module("compressor.pipeline.document")
+"""The package has a function of that name."""
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -56,6 +64,8 @@ def test_classes_add_up_to_the_whole(seed: int, metric: str) -> None:
     rows = classes(task("classification", metric), before, after, targets)
     assert rows is not None
     score = METRICS["classification"][metric].score
+    assert score is not None
+    assert {row["metric"] for row in rows} == {metric}
     assert {row["class"] for row in rows} == {str(one) for one in np.unique(targets)}
     assert sum(row["n"] for row in rows) == len(targets)
     for side, outputs in (("baseline", before), ("value", after)):
@@ -102,6 +112,141 @@ def test_a_binary_task_has_two_classes_and_labels_are_judged_one_by_one() -> Non
         assert row["baseline"] == sign(before[:, at], targets[:, at]).mean()
 
 
+@pytest.mark.parametrize("metric", ["f1", "roc_auc", "mine"])
+def test_what_has_no_score_of_each_example_is_judged_by_the_first_metric(metric: str) -> None:
+    given = drawn("classification", 5)
+    judge = task("classification", metric)
+    mine = own("mine", lambda outputs, targets: 0.5)
+    judge = replace(judge, metrics={**METRICS["classification"], "mine": mine})
+    rows = classes(judge, *given)
+    assert rows == classes(task("classification"), *given)
+    assert {row["metric"] for row in rows or []} == {"accuracy"}
+
+
+def test_classes_by_an_error() -> None:
+    before, after, targets = drawn("classification", 5)
+    rows = classes(task("classification", "cross_entropy"), before, after, targets) or []
+    how = METRICS["classification"]["cross_entropy"]
+    for row in rows:
+        mine = targets == int(row["class"])
+        was, now = value(how, before[mine], targets[mine]), value(how, after[mine], targets[mine])
+        assert (row["metric"], row["baseline"], row["value"]) == ("cross_entropy", was, now)
+        assert row["drop"]["value"] == pytest.approx((now - was) / was)
+
+
+@pytest.mark.parametrize("kind", ["classification", "binary"])
+@given(seeds)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_confusion_matrix_is_that_of_scikit_learn(kind: Kind, seed: int) -> None:
+    from sklearn.metrics import confusion_matrix
+
+    _, outputs, targets = drawn(kind, seed)
+    said = outputs.argmax(axis=1) if kind == "classification" else outputs[:, 0] > 0
+    known = np.arange(5 if kind == "classification" else 2)
+    wanted = confusion_matrix(targets.reshape(-1), said.astype(int), labels=known)
+    assert confusion(task(kind), outputs, targets) == wanted.tolist()
+    assert confusion(task(kind), outputs, targets.reshape(-1, 1)) == wanted.tolist()
+
+
+def test_what_has_no_confusion_matrix() -> None:
+    for kind in ("regression", "multilabel"):
+        before, _, targets = drawn(kind, 0)
+        assert confusion(task(kind), before, targets) is None
+    targets = np.zeros(2, np.int64)
+    assert confusion(task("classification"), np.zeros((2, CLASSES)), targets) is not None
+    assert confusion(task("classification"), np.zeros((2, CLASSES + 1)), targets) is None
+    for label in (3, -1):  # a file that is not of this data
+        assert confusion(task("classification"), np.zeros((2, 3)), targets + label) is None
+
+
+# --- as the document has it ---
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(4, 3)
+
+
+def judging(metric: str, labels: Array, **more: Any) -> Task:
+    rng = np.random.default_rng(1)
+    parts = [
+        Split.arrays(rng.standard_normal((len(known), 4)).astype(np.float32), known)
+        for known in (labels, np.arange(30) % 3)
+    ]
+    splits = Splits(parts[0], parts[1], parts[0], parts[1])
+    found = replace(task("classification", metric), model=network, splits=splits)
+    return replace(found, **more)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1", "roc_auc", "cross_entropy"])
+def test_the_gap_is_of_labelled_training_examples(metric: str) -> None:
+    labels = np.arange(700) % 3
+    labels[5:400] = UNLABELLED
+    judge, how = judging(metric, labels), METRICS["classification"][metric]
+    seen = document._seen(judge)
+    assert seen is not None
+    assert len(seen) == 305
+    assert judge.splits is not None
+    inputs, known = judge.splits.train.head(700)
+    there = labels != UNLABELLED
+    with torch.no_grad():
+        outputs = network()(torch.from_numpy(inputs[0])).numpy()
+    train = value(how, outputs[there], known[there])
+    found = document.gap(judge, network(), seen, {metric: 0.25, "n": 30})
+    assert found is not None
+    assert found["train"] == pytest.approx(train, abs=1e-6)
+    assert (found["test"], found["n"]) == (0.25, 305)
+    apart = found["train"] - 0.25
+    assert found["value"] == pytest.approx(apart if how.higher_is_better else -apart)
+
+
+def test_there_is_no_gap_without_labels_or_test() -> None:
+    nothing = np.full(40, UNLABELLED)
+    assert document._seen(judging("accuracy", nothing)) is None
+    assert document._seen(judging("accuracy", np.zeros(40, np.int64), labelled=False)) is None
+    assert document._seen(replace(judging("accuracy", nothing), splits=None)) is None
+    judge = judging("accuracy", np.arange(40) % 3)
+    seen = document._seen(judge)
+    assert document.gap(judge, network(), None, {"accuracy": 0.5}) is None
+    assert document.gap(judge, network(), seen, {"skipped": "no data"}) is None
+    one = judging("roc_auc", np.zeros(40, np.int64))
+    assert document.gap(one, network(), document._seen(one), {"roc_auc": 0.5}) is None
+
+
+def test_the_gap_is_taken_on_no_more_examples_than_time_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = judging("accuracy", np.arange(900) % 3)
+    for limit, wanted in ((1, 256), (12 * 500, 500), (1e12, 900)):
+        monkeypatch.setattr(document, "WORK", limit)
+        seen = document._seen(judge)
+        assert seen is not None
+        assert len(seen) == len(set(seen.indices.tolist())) == wanted
+    monkeypatch.setattr(document, "SEEN", 300)
+    assert len(document._seen(judge) or ()) == 300
+
+
+def test_a_document_says_where_it_hurts_and_only_the_others_hurt() -> None:
+    judge = judging("accuracy", np.arange(40) % 3)
+    assert judge.splits is not None
+    before, true = np.eye(3)[np.arange(30) % 3], np.arange(30) % 3
+    outputs = {"baseline": {"test": before}, "a": {"test": before[::-1]}, "b": {"test": before.T}}
+    measured: Any = SimpleNamespace(targets={"test": true})
+    whole = {name: document.hurt(judge, measured, outputs, name) for name in (*outputs, "c")}
+    assert whole["baseline"]["confusion"] == [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
+    assert whole["a"]["confusion"] == [[0, 0, 10], [0, 10, 0], [10, 0, 0]]
+    assert (whole["baseline"]["classes"], whole["baseline"]["worst"]) == (None, None)
+    assert [row["class"] for row in whole["a"]["classes"]] == ["0", "2", "1"]
+    assert whole["a"]["worst"]
+    assert whole["b"] == whole["c"] == {"confusion": None, "classes": None, "worst": None}
+
+
+def test_what_the_task_is_measured_by() -> None:
+    said = document.about(judging("cross_entropy", np.arange(40) % 3))
+    assert said["higher_is_better"] is False
+    assert said["metrics"] == {name: name != "cross_entropy" for name in METRICS["classification"]}
+
+
 def test_what_has_no_classes() -> None:
     assert classes(task("regression"), *drawn("regression", 0)) is None
     images = np.zeros((2, 3, 4, 4))
@@ -136,6 +281,7 @@ def test_the_worst_have_lower_scores(kind: Kind, seed: int) -> None:
     rows = worst(task(kind), split(60), before, after, targets, 60)
     assert rows is not None
     how = next(iter(METRICS[kind].values()))
+    assert how.score is not None
     fell = how.score(before, targets) - how.score(after, targets)
     worse = fell > 0 if how.higher_is_better else fell < 0
     assert {row["example"] for row in rows} == set(np.flatnonzero(worse).tolist())

@@ -49,6 +49,117 @@ def test_two_ways_of_training_are_two_lines() -> None:
     assert curves.learning(changed) != curves.learning(document())
 
 
+def _distilled(document: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """The document with ``facts`` in its step that trained, wherever that stands."""
+    for artifact in document["artifacts"]:
+        for step in artifact["steps"]:
+            if step["stage"] == "distill":
+                step["facts"] |= copy.deepcopy(facts)
+    return document
+
+
+BESIDE = {"rate": 3e-3, "seconds": 2.5, "examples_per_s": 570.0, "stopped": "patience", "ema": None}
+
+
+def test_what_else_is_known_of_an_epoch_is_no_curve() -> None:
+    history = [
+        {"epoch": 1, "loss": 1.21, "accuracy": 0.9402, **BESIDE},
+        {"epoch": 2, "loss": 0.73, "accuracy": 0.9741, **BESIDE},
+    ]
+    changed = _distilled(document(), history=history)
+    assert curves.histories(changed) == curves.histories(document())
+    assert curves.learning(changed) == curves.learning(document())
+
+
+def test_the_metric_is_a_curve_where_it_was_taken() -> None:
+    history: list[dict[str, Any]] = [
+        {"epoch": 1, "loss": 1.21, "train_accuracy": 0.9, **BESIDE},
+        {"epoch": 2, "loss": 0.73, "accuracy": 0.9741, "train_accuracy": 0.99, **BESIDE},
+        {"epoch": 3, "loss": 0.5, "accuracy": None, "train_accuracy": 1.0, **BESIDE},
+    ]
+    changed = _distilled(document(), history=history)
+    (one,) = curves.histories(changed)
+    assert one["epochs"] == [
+        {"epoch": 1, "loss": 1.21, "train_accuracy": 0.9},
+        {"epoch": 2, "loss": 0.73, "accuracy": 0.9741, "train_accuracy": 0.99},
+        {"epoch": 3, "loss": 0.5, "train_accuracy": 1.0},
+    ]
+    with_train = curves.learning(changed)
+    for epoch in history:
+        del epoch["train_accuracy"]
+    without = curves.learning(_distilled(changed, history=history))
+    for epoch in history:
+        epoch.pop("accuracy", None)
+    bare = curves.learning(_distilled(changed, history=history))
+    assert len({with_train, without, bare}) == 3
+
+
+def test_the_training_split_is_dashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(curves, "png", lambda figure: figures.append(figure) or b"")
+    history = [{"epoch": at, "loss": 1 / at, "train_accuracy": 1 - 0.5 / at} for at in (1, 2, 3)]
+    curves.learning(_distilled(document(), history=[{**one, "accuracy": 0.9} for one in history]))
+    curves.learning(_distilled(document(), history=history))
+    both, alone = figures
+    loss, metric = both.axes
+    assert [line.get_linestyle() for line in loss.get_lines()] == ["-"]
+    seen, train = metric.get_lines()
+    assert (seen.get_linestyle(), train.get_linestyle()) == ("-", "--")
+    assert seen.get_color() == train.get_color()
+    assert list(train.get_ydata()) == [0.5, 0.75, 1 - 0.5 / 3]
+    assert metric.get_ylabel() == "accuracy on validate\n(dashed: on train)"
+    assert [list(line.get_xdata()) for line in alone.axes[1].get_lines()] == [[], [1, 2, 3]]
+
+
+TRAINED = {
+    "epochs": 12, "best_epoch": 9, "stopped": "no better for 3 epochs", "seconds": 185.4,
+    "examples_per_s": 4310.2, "device": "cuda", "precision": "bf16", "processes": 2,
+    "optimizer": "adamw", "parameters": 21_840, "teacher": None,
+}  # fmt: skip
+
+
+def test_how_long_and_how_fast_it_trained() -> None:
+    changed = _distilled(document(), training=TRAINED)
+    header, row = cells(curves.training(changed, markdown=True))
+    assert dict(zip(header, row, strict=True)) == {
+        "variant": "recovered", "stage": "distill", "epochs": "12", "best epoch": "9",
+        "stopped early": "no better for 3 epochs", "time": "3 min 05 s", "examples/s": "4.31k",
+        "device": "cuda", "precision": "bf16", "processes": "2", "optimizer": "adamw",
+        "parameters": "21.8k", "teacher": "none",
+    }  # fmt: skip
+    lines = curves.training(changed).splitlines()
+    assert len(lines) == 3
+    assert lines[2].split()[:3] == ["recovered", "distill", "12"]
+
+
+def test_what_is_not_known_of_training_is_not_made_up() -> None:
+    header, row = cells(curves.training(_distilled(document(), training={}), markdown=True))
+    assert row == ["recovered", "distill", *["n/a"] * (len(header) - 2)]
+    null = dict.fromkeys(TRAINED)
+    header, row = cells(curves.training(_distilled(document(), training=null), markdown=True))
+    told = {head: cell for head, cell in zip(header[2:], row[2:], strict=True) if cell != "n/a"}
+    assert told == {"stopped early": "no", "teacher": "none"}
+    odd = {"seconds": "long", "parameters": [1], "teacher": "a|b", "device": True}
+    row = cells(curves.training(_distilled(document(), training=odd), markdown=True))[1]
+    assert {"long", "[1]", "a&#124;b", "True"} <= {cell.replace("\\", "") for cell in row}
+
+
+@pytest.mark.parametrize("training", [None, "long", [3], 7])
+def test_a_fact_of_another_kind_is_no_training(training: Any) -> None:
+    assert curves.training(_distilled(document(), training=training)) == ""
+    assert curves.training(document()) == ""
+    assert curves.training(document(artifacts=[])) == ""
+
+
+def test_two_steps_that_trained_are_two_rows() -> None:
+    changed = _distilled(document(), training=TRAINED)
+    steps = changed["artifacts"][4]["steps"] = copy.deepcopy(changed["artifacts"][4]["steps"])
+    steps[-1] |= {"stage": "qat", "facts": {"training": {**TRAINED, "stopped": None}}}
+    _, *rows = cells(curves.training(changed, markdown=True))
+    assert [row[:2] for row in rows] == [["recovered", "distill"], ["**int8-static** ★", "qat"]]
+    assert [row[4] for row in rows] == ["no better for 3 epochs", "no"]
+
+
 def test_throughput_needs_two_batches() -> None:
     changed = document()
     assert curves.throughput(changed) == {}

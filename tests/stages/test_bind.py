@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from compressor.artifact import Artifact
+from compressor.artifact import Artifact, Torch
 from compressor.errors import InputError
 from compressor.recipe import Step
-from compressor.stages import CHECKS, STAGES, bind, bound, form_taken
+from compressor.stages import CHECKS, STAGES, bind, bound, form_taken, perform
+from compressor.stages.qat import GENTLE
 from compressor.stages.quantize import fitted
 from compressor.task import Task
+from compressor.training.settings import Training
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -39,13 +42,15 @@ def test_the_settings_are_the_keyword_only_parameters(name: str) -> None:
         "prune": {"ratio": 0.5},
         "mask": {"pattern": "2:4"},
         "quantize": {"scheme": "static"},
+        "student": {"factory": "shop:small"},
     }.get(name, {})
     settings = bound(Step(name, needed, name="s")).settings
-    keywords = {
-        at.name: at.default
-        for at in inspect.signature(STAGES[name]).parameters.values()
-        if at.kind is at.KEYWORD_ONLY
-    }
+    keywords: dict[str, Any] = {}
+    for at in inspect.signature(STAGES[name]).parameters.values():
+        if isinstance(at.default, Training):  # stands for its fields
+            keywords |= {one.name: getattr(at.default, one.name) for one in fields(Training)}
+        elif at.kind is at.KEYWORD_ONLY:
+            keywords[at.name] = at.default
     assert list(settings) == list(keywords)
     for key, value in settings.items():
         assert value == needed.get(key, keywords[key])
@@ -60,11 +65,27 @@ def test_an_unknown_setting_is_refused_with_those_that_there_are(name: str) -> N
     said = str(caught.value)
     assert said.startswith(f"step 'mine': {name} has no setting 'nothing'; it has ")
     parameters = inspect.signature(STAGES[name]).parameters.values()
-    assert all(at.name in said for at in parameters if at.kind is at.KEYWORD_ONLY)
+    own = [at.name for at in parameters if at.kind is at.KEYWORD_ONLY and at.name != "training"]
+    assert all(setting in said for setting in own)
+    trains = name in ("distill", "sparsify", "qat")
+    assert all((one.name in said) is trains for one in fields(Training) if one.name not in own)
+
+
+def test_training_s_settings_are_flat_and_come_together(tmp_path: Path) -> None:
+    def stage(
+        artifact: Torch, task: Task, into: Path, *, training: Training = GENTLE, weight: int = 1
+    ) -> Torch:
+        return replace(artifact, name=f"{training.learning_rate} {training.epochs} {weight}")
+
+    artifact = Artifact("a", tmp_path, "torch", "")
+    made = perform(stage, artifact, None, tmp_path, epochs=3, weight=2)  # type: ignore[arg-type]
+    assert made.name == f"{GENTLE.learning_rate} 3 2"
+    made = perform(stage, artifact, None, tmp_path)  # type: ignore[arg-type]
+    assert made.name == f"{GENTLE.learning_rate} None 1"
 
 
 def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(InputError, match="stage 'shrink' is unknown: choose from prune, distill, "):
+    with pytest.raises(InputError, match="stage 'shrink' is unknown: choose from student, prune, "):
         bound(Step("shrink"))
 
 
@@ -94,7 +115,13 @@ def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
         ("distill", "learning_rate", 0, "greater than 0"),
         ("distill", "learning_rate", math.inf, "no plain value"),
         ("distill", "batch_size", 1, "greater than or equal to 2"),
-        ("distill", "loss", "mse", "'distill' or 'labels'"),
+        ("distill", "loss", {"kd": -1.0}, "greater than or equal to 0"),
+        ("distill", "optimizer", "lion", "'adam', 'adamw', 'sgd', 'nesterov' or 'rmsprop'"),
+        ("distill", "schedule", "cyclic", "'one-cycle', 'cosine', 'step'"),
+        ("distill", "ema", 1, "less than 1"),
+        ("distill", "folds", 1, "greater than or equal to 2"),
+        ("qat", "clip", 0, "greater than 0"),
+        ("sparsify", "augment", "flip", "valid array"),
         ("distill", "temperature", 0, "greater than 0"),
         ("distill", "weight", 1.1, "less than or equal to 1"),
         ("export", "opset", 17, "greater than or equal to 18"),

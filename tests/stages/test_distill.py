@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from hypothesis import given
-from hypothesis import strategies as st
 from standing import at_rest, small_cnn, splits_of, task_of
 from torch import Tensor, nn
 
 from compressor import Split, Splits, StageError, Task, Unsuitable
 from compressor.loading import torchfile
-from compressor.stages import distill, prune
+from compressor.metrics import METRICS
+from compressor.stages import distill, perform, prune
 from compressor.task import Kind
 from compressor.training.evaluation import evaluate
-from compressor.training.loop import fit
-from compressor.training.losses import LOSSES, softened
+from compressor.training.loop import Batch, fit
+from compressor.training.settings import Training
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((200, 4)).astype(np.float32)
@@ -38,13 +36,14 @@ def table(reference: nn.Module | None = None, **changes: Any) -> Task:
 
 
 def recovered(task: Task, folder: Path, **given: Any) -> tuple[nn.Module, dict[str, Any]]:
-    made = distill(at_rest(task, folder), task, folder / "recovered", **{"epochs": 2, **given})
+    settings = {"epochs": 2, **given}
+    made = perform(distill, at_rest(task, folder), task, folder / "recovered", **settings)
     return torchfile.open_model(made, task)[0], dict(made.steps[-1])
 
 
 def on_validate(model: nn.Module, task: Task) -> float:
     assert task.splits is not None
-    return evaluate(model, task.splits.validate, task.kind, task.metric)
+    return evaluate(model, task.splits.validate, METRICS[task.kind][task.metric])
 
 
 def same(one: nn.Module, two: nn.Module) -> bool:
@@ -55,9 +54,9 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     task = table(mlp(extra=(nn.BatchNorm1d(16), nn.Dropout(0.3))))
     source = at_rest(task, tmp_path)
-    one = distill(source, task, tmp_path / "one", epochs=2).path.read_bytes()
+    one = perform(distill, source, task, tmp_path / "one", epochs=2).path.read_bytes()
     torch.rand(3)  # whatever the caller drew in between
-    two = distill(source, task, tmp_path / "two", epochs=2).path.read_bytes()
+    two = perform(distill, source, task, tmp_path / "two", epochs=2).path.read_bytes()
     assert one == two
     assert source.checked() is source
 
@@ -109,7 +108,7 @@ def test_the_teacher_is_asked_once_a_batch_and_never_changed(
     handed = iter([Counted(), teacher])  # first what the artifact is filled into
     source = at_rest(table(Counted()), tmp_path)
     task = table(Counted(), model=lambda: next(handed))
-    distill(source, task, tmp_path / "r", epochs=1, batch_size=32, **given)
+    perform(distill, source, task, tmp_path / "r", epochs=1, batch_size=32, **given)
     assert teacher.calls == asked
     assert same(teacher, before)
     assert not teacher.training
@@ -137,7 +136,7 @@ def distinct(folder: Path, task: Task, **given: Any) -> tuple[nn.Module, dict[st
     path = folder / "start.safetensors"
     torchfile.write(path, start, task.source)
     source = type(at_rest(task, folder)).of(path, "torch")
-    made = distill(source, task, folder / "r", epochs=3, **given)
+    made = perform(distill, source, task, folder / "r", epochs=3, **given)
     return torchfile.open_model(made, task)[0], dict(made.steps[-1])
 
 
@@ -169,23 +168,25 @@ def test_what_diverged_holds_its_best_weights(where: str) -> None:
     nan = Split.arrays(np.full_like(X[:10], np.nan), X[:10, :3])
     calls = 0
 
-    def loss(outputs: Tensor, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
         nonlocal calls
         calls += 1
-        return outputs.square().mean() * (torch.nan if where == "loss" and calls > 2 else 1.0)
+        size: Tensor = net(*batch.inputs).square().mean()
+        return size * (torch.nan if where == "loss" and calls > 2 else 1.0)
 
     kind: Kind = "classification" if where == "loss" else "regression"
+    metric = "accuracy" if where == "loss" else "mse"
     splits = Splits(task.splits.train, broken if where == "loss" else nan, broken, broken)
-    with pytest.raises(StageError, match=r"the (loss|mse on validate) became nan in epoch 1"):
+    with pytest.raises(
+        StageError,
+        match=r"the (loss became nan in epoch 1, step 3|mse on validate became nan in epoch 1);",
+    ):
         fit(
             model,
             splits,
             loss,
-            kind=kind,
-            metric="accuracy" if where == "loss" else "mse",
-            epochs=2,
-            learning_rate=1e-3,
-            batch_size=32,
+            Training(epochs=2, learning_rate=1e-3, batch_size=32),
+            metric=(metric, METRICS[kind][metric]),
             seed=0,
         )
     assert same(model, before)
@@ -219,43 +220,11 @@ def test_every_kind_trains(
     assert all(np.isfinite(epoch["loss"]) for epoch in step["facts"]["history"])
 
 
-def test_losses_are_what_they_say() -> None:
-    logits, teacher = torch.randn(6, 3), torch.randn(6, 3)
-    p, q = (F.softmax(each.double() / 4, dim=1) for each in (teacher, logits))
-    wanted = 16 * (p * (p.log() - q.log())).sum(1).mean()
-    torch.testing.assert_close(softened(logits, teacher, 4.0).double(), wanted, rtol=1e-4, atol=0)
-    assert softened(teacher, teacher, 2.0).item() == pytest.approx(0, abs=1e-6)
-    labels = torch.tensor([0, 1, 1, 0, 1, 0])
-    column = torch.randn(6, 1)
-    by_hand = -((2 * labels - 1) * column[:, 0]).sigmoid().log()
-    for outputs in (column, column[:, 0]):
-        for targets in (labels, labels[:, None], labels.float()):
-            loss = LOSSES["binary"].labels(outputs, targets)
-            torch.testing.assert_close(loss, by_hand.mean())
-            loss = LOSSES["regression"].labels(outputs, targets)
-            torch.testing.assert_close(loss, (column[:, 0] - labels).square().mean())
-    pixels, truth = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
-    torch.testing.assert_close(
-        LOSSES["segmentation"].labels(pixels, truth),
-        -F.log_softmax(pixels, 1).gather(1, truth[:, None]).mean(),
-    )
-
-
-@given(st.floats(0.5, 20), st.integers(0, 100))
-def test_the_teacher_s_own_outputs_are_the_best(temperature: float, seed: int) -> None:
-    torch.manual_seed(seed)
-    teacher, other = torch.randn(4, 3), torch.randn(4, 3)
-    for kind, loss in LOSSES.items():
-        if kind != "segmentation":
-            at_best = loss.teacher(teacher, teacher, temperature)
-            assert at_best <= loss.teacher(other, teacher, temperature) + 1e-5
-
-
 def test_the_cut_structure_is_kept(tmp_path: Path) -> None:
     x = RNG.standard_normal((100, 1, 8, 8)).astype(np.float32)
     task = task_of(small_cnn(), (1, 8, 8), splits=splits_of(x, np.arange(100) % 5))
     cut = prune(at_rest(task, tmp_path), task, tmp_path / "cut", ratio=0.5)
-    made = distill(cut, task, tmp_path / "r", epochs=2, batch_size=16)
+    made = perform(distill, cut, task, tmp_path / "r", epochs=2, batch_size=16)
     before, edits = torchfile.open_model(cut, task)
     after, same_edits = torchfile.open_model(made, task)
     assert edits

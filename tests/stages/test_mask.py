@@ -17,8 +17,9 @@ from torch import nn
 from compressor import Artifact, InputError, Task, Unsuitable, session
 from compressor.loading import torchfile
 from compressor.stages import export, prune
-from compressor.stages.distill import recover
 from compressor.stages.mask import NOTE, Weight, fraction, held, mask, weights
+from compressor.training.recovery import aimed, recover
+from compressor.training.settings import Training
 
 IMAGE = (1, 8, 8)
 
@@ -280,8 +281,9 @@ def test_training_keeps_the_zeros_that_are_held(tmp_path: Path, given: dict[str,
     model, _, made = masked(task, tmp_path, **given)
     before = copy.deepcopy(tensors(model))
     with held(model, made):
-        history = recover(model, task, epochs=3, learning_rate=3e-2, loss="labels")
-    assert len(history) == 3
+        how = Training(epochs=3, learning_rate=3e-2)
+        fitted = recover(model, task, how, aimed(task, "labels"))
+    assert len(fitted.history) == 3
     for name, (parameter, _) in tensors(model).items():
         gone = before[name].parameter == 0
         assert torch.equal(parameter[gone], torch.zeros_like(parameter[gone]))

@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from standing import at_rest, settled, small_cnn, splits_of, task_of
 from torch import Tensor, nn
 
@@ -20,7 +19,8 @@ from compressor import Artifact, Task, Unsuitable, loading
 from compressor.loading import torchfile
 from compressor.loading.edits import apply
 from compressor.measure.runtime import Session, open_session
-from compressor.stages import graph
+from compressor.metrics import METRICS
+from compressor.stages import graph, perform
 from compressor.stages.distill import distill
 from compressor.stages.export import export, exported
 from compressor.stages.prune import prune
@@ -28,6 +28,8 @@ from compressor.stages.qat import folded, qat
 from compressor.stages.quantize import quantize
 from compressor.training.evaluation import evaluate
 from compressor.training.loop import fit
+from compressor.training.recovery import from_labels
+from compressor.training.settings import Training
 from compressor.zoo.mobilenet import InvertedResidual, unit
 
 RNG = np.random.default_rng(0)
@@ -41,7 +43,8 @@ def pictures(model: nn.Module | None = None, **changes: Any) -> Task:
 
 
 def trained(task: Task, folder: Path, **given: Any) -> Artifact:
-    return qat(at_rest(task, folder), task, folder / "q", **{"epochs": 1, "samples": 64, **given})
+    settings = {"epochs": 1, "samples": 64, **given}
+    return perform(qat, at_rest(task, folder), task, folder / "q", **settings)
 
 
 def operators(model: nn.Module, task: Task, folder: Path) -> tuple[Any, Counter[str], Path]:
@@ -113,7 +116,7 @@ def test_the_state_comes_back_and_says_what_was_done(tmp_path: Path) -> None:
     assert step["stage"] == "qat"
     assert step["settings"]["epochs"] == 1
     assert task.splits is not None
-    reached = evaluate(model, task.splits.validate, task.kind, task.metric)
+    reached = evaluate(model, task.splits.validate, METRICS[task.kind][task.metric])
     assert reached >= step["facts"]["validate"]["ranges"]
     assert len(step["facts"]["history"]) == 1
 
@@ -128,7 +131,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_pruned_model_stays_pruned(tmp_path: Path) -> None:
     task = pictures()
     cut = prune(at_rest(task, tmp_path), task, tmp_path / "cut", ratio=0.5)
-    made = qat(cut, task, tmp_path / "q", epochs=1)
+    made = perform(qat, cut, task, tmp_path / "q", epochs=1)
     before, edits = torchfile.open_model(cut, task)
     after, more = torchfile.open_model(made, task)
     assert more[: len(edits)] == edits
@@ -143,7 +146,7 @@ def test_it_can_be_recovered_further_but_not_trained_twice(tmp_path: Path) -> No
     made = trained(task, tmp_path)
     with pytest.raises(Unsuitable, match="trained for int8 already"):
         qat(made, task, tmp_path / "again")
-    more = distill(made, task, tmp_path / "more", epochs=1)
+    more = perform(distill, made, task, tmp_path / "more", epochs=1)
     assert torchfile.open_model(more, task)[1] == torchfile.open_model(made, task)[1]
 
 
@@ -227,12 +230,9 @@ def uneven(seed: int) -> Task:
     fit(
         model,
         splits,
-        lambda outputs, _, targets: F.cross_entropy(outputs, targets),
-        kind="classification",
-        metric="accuracy",
-        epochs=15,
-        learning_rate=2e-2,
-        batch_size=64,
+        from_labels("classification"),
+        Training(epochs=15, learning_rate=2e-2),
+        metric=("accuracy", METRICS["classification"]["accuracy"]),
         seed=seed,
     )
     draw = torch.Generator().manual_seed(seed)

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from compressor import Artifact, Task, Unsuitable, data
 from compressor.loading import torchfile
-from compressor.stages import distill, prune
+from compressor.metrics import METRICS
+from compressor.stages import distill, perform, prune
 from compressor.stages.mask import mask
 from compressor.stages.prune import Sound
 from compressor.stages.sparsify import SMALL, scales_of, sparsify, units_of
 from compressor.training.evaluation import evaluate
 from compressor.training.loop import fit
-from compressor.training.losses import LOSSES
+from compressor.training.recovery import from_labels
+from compressor.training.settings import Training
 
 IMAGE = (1, 8, 8)
 RNG = np.random.default_rng(0)
@@ -36,7 +38,7 @@ def images(reference: nn.Module | None = None, **changes: Any) -> Task:
 def sparse(task: Task, folder: Path, **given: Any) -> tuple[nn.Module, dict[str, Any], Artifact]:
     """The trained model, the facts, and the artifact."""
     asked = {"epochs": 2, "batch_size": 16, **given}
-    made = sparsify(at_rest(task, folder), task, folder / "sparse", **asked)
+    made = perform(sparsify, at_rest(task, folder), task, folder / "sparse", **asked)
     return torchfile.open_model(made, task)[0], dict(made.steps[-1]["facts"]), made
 
 
@@ -152,7 +154,7 @@ def test_more_strength_leaves_less_and_the_last_epoch_stays(tmp_path: Path, pena
         assert facts["penalty"][1] == pytest.approx(now, rel=1e-5)
         assert facts["units"] == len(units.scale)
         assert task.splits is not None
-        on_validate = evaluate(model, task.splits.validate, task.kind, task.metric)
+        on_validate = evaluate(model, task.splits.validate, METRICS[task.kind][task.metric])
         assert facts["history"][-1]["accuracy"] == on_validate
         assert [epoch["epoch"] for epoch in facts["history"]] == [1, 2, 3]
         for when in (0, 1):
@@ -161,9 +163,7 @@ def test_more_strength_leaves_less_and_the_last_epoch_stays(tmp_path: Path, pena
         assert made.steps[-1]["settings"] == {
             "penalty": penalty,
             "strength": strength,
-            "epochs": 3,
-            "learning_rate": 3e-3,
-            "batch_size": 16,
+            **Training(epochs=3, batch_size=16).to_json(),
         }
         after.append(facts["penalty"][1] / strength)
     assert after[1] < after[0]
@@ -173,9 +173,13 @@ def test_more_strength_leaves_less_and_the_last_epoch_stays(tmp_path: Path, pena
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, penalty: Any) -> None:
     task = images()
     source = at_rest(task, tmp_path)
-    one = sparsify(source, task, tmp_path / "one", penalty=penalty, epochs=1).path.read_bytes()
+    one = perform(
+        sparsify, source, task, tmp_path / "one", penalty=penalty, epochs=1
+    ).path.read_bytes()
     torch.rand(3)
-    two = sparsify(source, task, tmp_path / "two", penalty=penalty, epochs=1).path.read_bytes()
+    two = perform(
+        sparsify, source, task, tmp_path / "two", penalty=penalty, epochs=1
+    ).path.read_bytes()
     assert one == two
     assert source.checked() is source
 
@@ -193,7 +197,7 @@ def test_attention_is_rewritten_and_can_be_cut_after(tmp_path: Path) -> None:
 def test_a_mask_before_it_stays(tmp_path: Path) -> None:
     task = images()
     masked = mask(at_rest(task, tmp_path), task, tmp_path / "masked", sparsity=0.5)
-    made = sparsify(masked, task, tmp_path / "sparse", epochs=2, strength=1e-2)
+    made = perform(sparsify, masked, task, tmp_path / "sparse", epochs=2, strength=1e-2)
     before = torchfile.open_model(masked, task)[0].state_dict()
     for name, tensor in torchfile.open_model(made, task)[0].state_dict().items():
         if tensor.ndim > 1:
@@ -234,29 +238,26 @@ def test_a_cut_after_it_costs_less(tmp_path: Path) -> None:
         nn.Flatten(),
         nn.Linear(128, 10),
     )
-    labels = LOSSES["classification"].labels
     shared: dict[str, Any] = {"epochs": 14, "learning_rate": 1e-2}
     fit(
         net,
         splits,
-        lambda outputs, inputs, targets: labels(outputs, targets),
-        kind="classification",
-        metric="accuracy",
-        batch_size=64,
+        from_labels("classification"),
+        Training(**{**shared, "epochs": 6}),
+        metric=("accuracy", METRICS["classification"]["accuracy"]),
         seed=1,
-        **{**shared, "epochs": 6},
     )
     task = task_of(net, IMAGE, splits=splits)
     source = at_rest(task, tmp_path)
 
     def accuracy(made: Artifact) -> float:
         model, _ = torchfile.open_model(made, task)
-        return evaluate(model, splits.test, task.kind, task.metric)
+        return evaluate(model, splits.test, METRICS[task.kind][task.metric])
 
     def after_cut(made: Artifact) -> float:
         return accuracy(prune(made, task, tmp_path / "cut", ratio=0.5, ranking="global"))
 
-    recovered = distill(source, task, tmp_path / "recovered", **shared)
-    made = sparsify(source, task, tmp_path / "sparse", strength=5e-3, **shared)
+    recovered = perform(distill, source, task, tmp_path / "recovered", **shared)
+    made = perform(sparsify, source, task, tmp_path / "sparse", strength=5e-3, **shared)
     assert accuracy(made) > accuracy(recovered) - 0.05
     assert after_cut(made) > after_cut(recovered) + 0.1

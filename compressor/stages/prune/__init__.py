@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -18,7 +19,6 @@ from compressor.loading import torchfile
 from compressor.loading.edits import Edit, apply
 from compressor.measure.costs import Dtype
 from compressor.measure.threads import one_thread
-from compressor.stages.distill import recover
 from compressor.stages.mask import held
 from compressor.stages.prune.criteria import NEED_DATA, scored
 from compressor.stages.prune.group import Group
@@ -28,6 +28,8 @@ from compressor.stages.prune.sensitivity import Curve, curves
 from compressor.stages.prune.sound import Sound
 from compressor.stages.prune.targets import QUANTITIES, Quantity
 from compressor.task import Task
+from compressor.training.recovery import recover
+from compressor.training.settings import Training
 
 __all__ = ["Curve", "Sound", "asked", "prune", "sensitivities", "suited"]
 
@@ -87,6 +89,7 @@ def prune(
     if steps > 1 and task.splits is None:
         raise Unsuitable("no data to train on between the steps: add --data SPEC")
     dense, before = torchfile.open_model(artifact, task)
+    task = replace(task, source=torchfile.origin(artifact))  # a student is another than the task's
     _match(dense, keep)
     facts: dict[str, Any] = {"asked": amount}
     left: dict[str, str] = {}
@@ -218,7 +221,7 @@ def _taken(
     for step in range(1, steps + 1):
         if step > 1:
             with held(model, artifact):
-                recover(model, task, epochs=epochs)
+                recover(model, task, Training(epochs=epochs))
             sound = Sound(model, task, sound.attention)
         groups = [
             group for group in sound.groups if goals.get(group.root, group.width) < group.width
@@ -242,7 +245,8 @@ def _taken(
 
 def suited(task: Task, **settings: Any) -> None:
     """Raises :class:`InputError` for settings that do not fit the task, before any work."""
-    _match(task.model(), settings["keep"])
+    build = next(iter(task.students.values()), task.model)
+    _match(build(), settings["keep"])
     if task.splits is None and settings["criterion"] in NEED_DATA:
         raise InputError(
             f"criterion {settings['criterion']!r} needs data: add --data SPEC, or use l2"

@@ -26,7 +26,7 @@ from compressor.errors import InputError, StageError
 from compressor.loading.task import first
 from compressor.stages.prune.group import Group, Unit
 from compressor.task import Batch, Task
-from compressor.training.losses import LOSSES
+from compressor.training.losses import LABELS
 
 EXAMPLES = 256
 """At most so many examples of ``calibrate`` are read."""
@@ -314,7 +314,7 @@ def _salient(
     for inputs, targets in batches:
         with torch.enable_grad():
             outputs = first(trial(*map(torch.from_numpy, inputs)))
-            loss = LOSSES[task.kind].labels(outputs, torch.from_numpy(targets))
+            loss = LABELS[task.kind](outputs, torch.from_numpy(targets))
             gradients = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             total[name] += saliency(weight.detach().double(), gradient.double()) * len(targets)

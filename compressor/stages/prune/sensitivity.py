@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from compressor.loading.task import tensors
 from compressor.measure.counting import macs
 from compressor.measure.threads import threads_for
-from compressor.metrics import METRICS
+from compressor.metrics import metrics_of, value
 from compressor.stages.prune.cutting import units
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.ranking import Scores, chosen
 from compressor.task import Array, Inputs, Task
-from compressor.training.losses import LOSSES
+from compressor.training.losses import LABELS
 
 SHARES = (0.25, 0.5, 0.75)
 """Parts of a group's units that are cut, one after the other."""
@@ -139,9 +139,9 @@ def _judged(
     if targets is None:
         return sum(changes), float("nan")
     # Labels judge the first output; what others say must not change either.
-    loss = float(LOSSES[task.kind].labels(outputs[0], torch.from_numpy(targets)))
-    score = METRICS[task.kind][task.metric].score(outputs[0].numpy(), targets)
-    return loss + sum(changes[1:]), float(score.mean())
+    loss = float(LABELS[task.kind](outputs[0], torch.from_numpy(targets)))
+    judged = value(metrics_of(task)[task.metric], outputs[0].numpy(), targets)
+    return loss + sum(changes[1:]), judged
 
 
 @contextmanager

@@ -12,10 +12,10 @@ import numpy as np
 from compressor.errors import StageError, one_line
 from compressor.measure.environment import cores
 from compressor.measure.fidelity import FLOOR_DB, fidelity
-from compressor.metrics import METRICS
+from compressor.metrics import metrics_of, value
 from compressor.stages.graph import opened
 from compressor.task import Array, Inputs, Task
-from compressor.training.evaluation import scores
+from compressor.training.evaluation import evaluate
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,8 +65,8 @@ class Judge:
             return None
         inputs = (given for given, _ in self._validation.batches(self._size))
         targets = np.concatenate([target for _, target in self._validation.batches(1024)])
-        how = METRICS[self._task.kind][self._task.metric]
-        got = float(how.score(self._outputs(model, inputs), targets).mean())
+        how = metrics_of(self._task)[self._task.metric]
+        got = value(how, self._outputs(model, inputs), targets)
         if not math.isfinite(got):
             return math.inf
         if how.higher_is_better:
@@ -81,8 +81,8 @@ class Judge:
 
     @cached_property
     def _original(self) -> float:
-        found = scores(self._task.model(), self._validation, self._task.kind, self._task.metric)
-        return float(found.mean())
+        how = metrics_of(self._task)[self._task.metric]
+        return evaluate(self._task.model(), self._validation, how)
 
     def _outputs(self, model: ir.Model, batches: Iterable[Inputs]) -> Array:
         try:

@@ -1,0 +1,135 @@
+"""A model as it lies while it trains: on a device, copied to or spread over the processes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import StageError, one_line
+from compressor.training.settings import Training
+from compressor.training.world import World
+
+State = dict[str, Tensor]
+
+
+class Placed:
+    """``net`` is what a step calls, ``inner`` the module whose parameters move.
+
+    With one process both are the model, unless it is compiled. With several, ``net`` is its
+    DistributedDataParallel wrapper, which averages gradients; or, sharded, every process holds a
+    part of each tensor (FSDP2, ``fully_shard``) and ``inner`` is a copy.
+    """
+
+    def __init__(self, model: nn.Module, training: Training, world: World) -> None:
+        self.device = device_for(training)
+        self._sharded = training.shard and world.size > 1
+        self._world = world
+        self.inner = copy.deepcopy(model) if self._sharded else model
+        self.inner.to(self.device)
+        if training.channels_last:
+            self.inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.device.type == "cuda" and world.size > 1:
+            # Statistics of the whole batch; on the CPU PyTorch has none, and each process its own.
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            self.inner = convert(self.inner)  # type: ignore[no-untyped-call]
+        self.net: Any = self._wrapped()
+        if training.compile:
+            self.net = torch.compile(self.net)
+
+    def _wrapped(self) -> nn.Module:
+        if self._sharded:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.device.type, (self._world.size,))
+            fully_shard(self.inner, mesh=mesh)
+            return self.inner
+        moved = any(parameter.requires_grad for parameter in self.inner.parameters())
+        if self._world.size == 1 or not moved:
+            return self.inner
+        from torch.nn.parallel import DistributedDataParallel
+
+        cuda = self.device.type == "cuda"
+        # Unused parameters, of an auxiliary head for example, are looked for at every step: the
+        # models are somebody else's.
+        return DistributedDataParallel(
+            self.inner, device_ids=[self.device] if cuda else None, find_unused_parameters=True
+        )
+
+    def quiet(self, last: bool) -> AbstractContextManager[None]:
+        """Around a backward pass: gradients are averaged over the processes in the ``last`` of
+        those that are accumulated."""
+        if self._world.size == 1:
+            return nullcontext()
+        if self._sharded:
+            self.inner.set_requires_gradient_sync(last)  # type: ignore[operator]
+            return nullcontext()
+        return nullcontext() if last else self.net.no_sync()
+
+    def state(self) -> State:
+        """A copy of all weights and buffers, whole, in every process."""
+        if self._sharded:
+            from torch.distributed.tensor import DTensor
+
+            return {
+                name: (one.full_tensor() if isinstance(one, DTensor) else one).detach().clone()
+                for name, one in self.inner.state_dict().items()
+            }
+        return {name: one.detach().clone() for name, one in self.inner.state_dict().items()}
+
+    def put(self, state: Mapping[str, Tensor]) -> None:
+        """Back to what :meth:`state` gave."""
+        if self._sharded:
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            whole = self.inner.state_dict()
+            state = {
+                name: distribute_tensor(one, whole[name].device_mesh, whole[name].placements)
+                if isinstance(whole[name], DTensor)
+                else one
+                for name, one in state.items()
+            }
+        self.inner.load_state_dict(dict(state))
+
+    def back(self, model: nn.Module) -> None:
+        """Ends: ``model`` is on the CPU, in eval mode, with the weights as they are now."""
+        if self.inner is not model:
+            model.load_state_dict({name: one.cpu() for name, one in self.state().items()})
+        model.to("cpu")
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        model.eval()
+
+
+def device_for(training: Training) -> torch.device:
+    """The device that ``training.device`` stands for here."""
+    cuda = training.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What PyTorch warns of that is no news to the user: that DDP found every parameter used, and
+    that a step was left out while fp16 looks for its scale."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        yield
+
+
+@contextmanager
+def compiling(training: Training) -> Iterator[None]:
+    """A compiler that is missing or fails is one line that says how to do without."""
+    try:
+        yield
+    except Exception as error:
+        if training.compile and type(error).__module__.startswith(("torch._dynamo", "torch._ind")):
+            raise StageError(
+                f"compile = true: torch.compile failed ({one_line(error, 160)}): remove it"
+            ) from error
+        raise
