@@ -396,6 +396,7 @@ METRICS: dict[Kind, dict[str, Metric]] = {
         "image_iou": Metric(image_iou),
         "cross_entropy": Metric(cross_entropy, False),
     },
+    "custom": {},
 }
 """What can be measured for each kind of task; budgets use the first unless ``--metric`` says so."""
 
@@ -403,6 +404,8 @@ METRICS: dict[Kind, dict[str, Metric]] = {
 def metric_of(kind: Kind, name: str | None = None) -> str:
     """The metric's name: ``name`` when the kind has it, the kind's first one when not given."""
     known = METRICS[kind]
+    if not known:
+        raise InputError(f"a {kind} task has no metric but yours: add --metric PKG.MOD:FUNCTION")
     if name is not None and name not in known:
         raise InputError(f"--metric {name!r} is unknown for {kind}: choose from {', '.join(known)}")
     return name or next(iter(known))

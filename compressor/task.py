@@ -15,7 +15,9 @@ from compressor.measurement import Target
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["classification", "binary", "multilabel", "regression", "segmentation"]
+Kind = Literal["classification", "binary", "multilabel", "regression", "segmentation", "custom"]
+"""``custom`` has targets of any shape, a loss and a metric of the user's own."""
+
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 UNLABELLED = -1
@@ -27,9 +29,9 @@ Batch = tuple[Inputs, Array]
 
 
 def labelled(targets: Array) -> NDArray[np.bool_]:
-    """Which examples have a label, shape ``(n,)``: see :data:`UNLABELLED`."""
+    """Which examples have a label, or some of several, shape ``(n,)``: see :data:`UNLABELLED`."""
     has = ~np.isnan(targets) if targets.dtype.kind == "f" else targets != UNLABELLED
-    return np.asarray(has.reshape(len(targets), -1).all(axis=1))
+    return np.asarray(has.reshape(len(targets), -1).any(axis=1))
 
 
 @dataclass(frozen=True)

@@ -416,7 +416,7 @@ def test_a_model_is_quantized_though_nothing_is_cut(tmp_path: Path) -> None:
         ({"keep": ("conv1",)}, "add --prune"),
         ({"prune": 0.5, "keep": ("nothing*",)}, "matches no layer"),
         ({"recipe": Path("none.toml")}, "recipe none.toml cannot be read"),
-        ({"recipe": [Step("shrink")]}, "stage 'shrink' is unknown: choose from prune"),
+        ({"recipe": [Step("shrink")]}, "stage 'shrink' is unknown: choose from student, prune"),
         ({"recipe": [Step("prune", {"ration": 0.5})]}, "prune has no setting 'ration'"),
         ({"recipe": [Step("prune")]}, "prune takes one of ratio, macs"),
         ({"prune": "speed=0.5"}, "--prune 'speed=0.5': give a ratio such as 0.5, or one of macs"),

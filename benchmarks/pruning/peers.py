@@ -21,11 +21,11 @@ from compressor.artifact import Artifact, digest, write_text
 from compressor.demo import demo
 from compressor.loading import task as tasks
 from compressor.loading import torchfile
-from compressor.loading.task import first
 from compressor.measure.counting import macs
 from compressor.measure.environment import environment
 from compressor.metrics import METRICS
 from compressor.task import Input, Inputs, Split, Task
+from compressor.training.evaluation import scored
 
 IMAGE = (3, 224, 224)
 
@@ -101,13 +101,9 @@ def known(task: Task) -> dict[str, str]:
 
 def scores(model: nn.Module, task: Task, split: Split) -> list[float]:
     """The task's metric of every example of ``split``."""
-    model.eval()
-    found: list[float] = []
-    with torch.inference_mode():
-        for inputs, targets in split.batches(256):
-            outputs = first(model(*map(torch.from_numpy, inputs))).numpy()
-            found += METRICS[task.kind][task.metric].score(outputs, targets).tolist()
-    return found
+    found = scored(model, split, METRICS[task.kind][task.metric])
+    assert found is not None
+    return found.tolist()
 
 
 def paired(differences: Sequence[float]) -> dict[str, float]:
@@ -164,7 +160,12 @@ def code() -> str:
 
     Taken once: what a process has imported stays, whatever happens to the files.
     """
-    folder = Path(compressor.__file__).parent / "stages"
+    return digest_of_folder("stages")
+
+
+def digest_of_folder(name: str) -> str:
+    """A digest of one folder of the package."""
+    folder = Path(compressor.__file__).parent / name
     return digest(*sorted(folder.rglob("*.py")))[:16]
 
 

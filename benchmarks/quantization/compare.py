@@ -37,7 +37,7 @@ from compressor.measure.protocol import CONTROL, SECONDS
 from compressor.measure.runtime import Session, import_openvino, open_session
 from compressor.measure.statistics import Blocks, noise_floor, speedup, summary
 from compressor.measurement import Target
-from compressor.metrics import METRICS
+from compressor.metrics import METRICS, value
 from compressor.task import Inputs
 
 MAKING = Path(__file__).with_name("making.py")
@@ -207,8 +207,7 @@ def compared(folder: Path, run: Run, files: Mapping[str, Any], batch: int) -> di
         norms = np.linalg.norm(wanted, axis=1) * np.linalg.norm(got, axis=1)
         found["cosine"] = float(((wanted * got).sum(axis=1) / norms).min())
         if about["labelled"]:
-            score = METRICS[about["kind"]][about["metric"]].score(got, targets)
-            found["accuracy"] = float(score.mean())
+            found["accuracy"] = value(METRICS[about["kind"]][about["metric"]], got, targets)
         return found
 
     asked = {

@@ -134,6 +134,7 @@ def checked(splits: Splits, *, bare: Sequence[str] = ()) -> Splits:
                 raise InputError(f"{seen}; at least 2 are needed: give more data")
             inputs, targets = getattr(splits, name).head(8)
             if name in bare:
+                targets = _array(targets)
                 none = np.isnan(targets) if targets.dtype.kind == "f" else targets == UNLABELLED
                 targets = np.where(none, 0, targets)
             _batch(inputs, targets)

@@ -199,6 +199,7 @@ def _check_own(where: str, name: str, attributes: Mapping[str, Any]) -> None:
 
 def _arguments(where: str, known: Known, attributes: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    value: Any
     for name, check in known.arguments.items():
         stored = known.stored.get(name, name)
         if stored in attributes["_parameters"]:
@@ -398,7 +399,7 @@ def _place(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return root, name
 
 
-class _Watched(TorchDispatchMode):
+class _Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for each in tree_leaves(found):
@@ -422,7 +423,7 @@ def check(model: nn.Module, inputs: tuple[Input, ...], batch: int = 2) -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # Modes of the layers' own code take tensors that they make from here.
-        with torch.no_grad(), torch.device("meta"), _Watched():
+        with torch.no_grad(), torch.device("meta"), _Watched():  # type: ignore[no-untyped-call]
             given = tuple(
                 torch.empty((batch, *one.shape), dtype=DTYPES[one.dtype]) for one in inputs
             )

@@ -57,6 +57,7 @@ Said = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 READERS = {
     "checkpoint": "compressor.loading.guard:_checkpoint",
     "npz": "compressor.loading.guard:_npz",
+    "pickled": "compressor.loading.pickled:read",
     "safetensors": "compressor.loading.guard:_safetensors",
 }
 """What may read in a child: ``read(path) -> (plain JSON values, tensors by name)``."""
@@ -89,8 +90,9 @@ OUT_OF_MEMORY, UNCONFINED = 81, 82
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.q", "torch.bits"))
+    if isinstance(dtype, torch.dtype) and not re.search("q|bits|complex32", str(dtype))
 }
+"""What tensors may be of: neither quantized, which has scales beside, nor experimental."""
 
 
 def read(path: Path) -> Described:
@@ -144,33 +146,37 @@ def guarded(
     }
     with _Result() as result:
         ended = (_forked if FORKING else _spawned)(request, result)
-        if ended.get("late") or ended["code"] == -_number("SIGXCPU"):
-            raise InputError(
-                f"{path} took longer than {seconds:g} s to read: it is damaged, or made to take "
-                "for ever; save it again"
-            )
-        if ended["code"] == OUT_OF_MEMORY:
-            raise InputError(
-                f"{path} needs more than {memory / 1e6:,.0f} MB to read, for a file of "
-                f"{size / 1e6:,.1f} MB: it is damaged, or made to fill the memory; save it again"
-            )
-        if ended["code"] < 0:
-            raise InputError(
-                f"{path}: its reader crashed ({_signal(-ended['code'])}): the file is damaged, or "
-                "made to do that; save it again"
-            )
-        if ended["code"]:
-            raise InputError(
-                f"{path}: its reader ended with exit code {ended['code']}: the file is damaged, or "
-                "made to do that; save it again"
-            )
+        if reason := _stopped(ended, seconds, memory, size):
+            raise InputError(_printable(f"{path} {reason}"))
         try:
             said, state = result.taken(8 + LARGEST_HEADER + memory)
         except Exception as error:  # whatever a header of bad intent can raise
             raise _unsound(path, error) from None
     if "error" in said:
-        raise InputError(_printable(str(said["error"]).replace(str(full), str(path))))
+        raise InputError(_printable(said["error"].replace(str(full), str(path))))
     return said["said"], state
+
+
+def _stopped(ended: Mapping[str, Any], seconds: float, memory: int, size: int) -> str | None:
+    """Why a child that ended so has no result; ``None`` where it should have one."""
+    code, ending = ended["code"], _signal(-ended["code"])
+    if ended["late"] or ending == "SIGXCPU":
+        return (
+            f"took longer than {seconds:g} s to read: it is damaged, or made to take for ever; "
+            "save it again"
+        )
+    if code == OUT_OF_MEMORY:
+        return (
+            f"needs more than {memory / 1e6:,.0f} MB to read, for a file of {size / 1e6:,.1f} MB: "
+            "it is damaged, or made to fill the memory; save it again"
+        )
+    if code == UNCONFINED:
+        return (
+            "was not read: this machine lets no limits be set on the process that reads it; use "
+            "another"
+        )
+    how = f"crashed ({ending})" if code < 0 else f"ended with exit code {code}"
+    return f"is damaged, or made to do this: its reader {how}; save it again" if code else None
 
 
 def holding() -> dict[str, bool]:
@@ -193,8 +199,10 @@ def close() -> None:
 
 def _unsound(path: Path, error: Exception) -> InputError:
     return InputError(
-        f"{path}: its reader handed back what it cannot have read "
-        f"({_printable(one_line(error, 100))}): do not use this file"
+        _printable(
+            f"{path}: its reader handed back what it cannot have read ({one_line(error, 100)}): "
+            "do not use this file"
+        )
     )
 
 
@@ -204,15 +212,12 @@ def _printable(text: str) -> str:
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
-def _number(name: str) -> int:
-    return int(getattr(signal, name, 0))
-
-
 def _signal(number: int) -> str:
     try:
-        return signal.Signals(number).name
+        name = signal.Signals(number).name
     except ValueError:  # a real-time signal has no name
         return f"signal {number}"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name
 
 
 # What the parent does
@@ -344,10 +349,14 @@ def _server() -> _Server:
 def _forked(request: Mapping[str, Any], result: _Result) -> dict[str, Any]:
     with _LOCK:
         for _ in range(2):  # whoever ended the server, it was not this file's child
+            server = _server()
             try:
-                return _server().ask(request, result.descriptor)
-            except OSError as error:
+                return server.ask(request, result.descriptor)
+            except BaseException as error:
+                # After Ctrl-C too: an answer left over would be taken for that to the next file.
                 _SERVERS.pop(os.getpid()).close()
+                if not isinstance(error, OSError):
+                    raise
                 os.ftruncate(result.descriptor, 0)
                 reason = one_line(error)
     raise CompressorError(f"the process that reads files was ended twice ({reason}): try again")
@@ -368,7 +377,7 @@ def _spawned(request: Mapping[str, Any], result: _Result) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"code": 0, "late": True}
-    return {"code": ended.returncode}
+    return {"code": ended.returncode, "late": False}
 
 
 def _python(call: str) -> list[str]:
@@ -551,7 +560,7 @@ def _checkpoint(path: Path) -> Said:
     from torch.utils.serialization import config
 
     # Mapped, the file is copied once, into the result: 100 MB in two thirds of the time.
-    with config.patch("load.mmap", _stored(path)):
+    with config.patch("load.mmap", _stored(path)):  # type: ignore[attr-defined]
         found = checkpoint.read(path)
     return {
         "source": found.source,
@@ -613,6 +622,8 @@ def _confine(request: Mapping[str, Any], descriptor: int) -> None:
         # At the hard limit of CPU time comes SIGKILL, which says nothing; above it SIGXCPU.
         spare = 1 if limit == resource.RLIMIT_CPU and most != hard else 0
         resource.setrlimit(limit, (most, most + spare))
+    with suppress(OSError):  # if memory runs out, it is the child that goes
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     if _filtering():
         rules = _rules(os.getpid())

@@ -73,7 +73,14 @@ def _tensor(stored: Stored, offset: Any, sizes: Any, strides: Any, *rest: Any) -
 
 
 def _typed(
-    stored: Stored, offset: Any, sizes: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    stored: Stored,
+    offset: Any,
+    sizes: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *_: Any,
 ) -> Tensor:
     if type(dtype) is not torch.dtype:
         raise ValueError(f"{dtype!r:.60} is no dtype")
@@ -90,10 +97,13 @@ def _ordered(*args: Any) -> dict[Any, Any]:
     return OrderedDict([(key, value) for key, value in args[0]] if args else [])
 
 
+TORCH = Global("torch._C", "_VariableFunctionsClass")
+
+
 def _attribute(owner: Any, name: Any) -> Any:
     # ``torch.relu`` pickles as an attribute of PyTorch's table of functions.
-    if owner == Global("torch._C", "_VariableFunctionsClass") and name in ("relu",):
-        return ACTIVATIONS[name]
+    if owner == TORCH and name == "relu":
+        return ACTIVATIONS["torch.relu"]
     raise ValueError(f"it asks for the attribute {name!r:.60}, which could be code")
 
 
@@ -121,7 +131,7 @@ def _is_known(name: Global) -> bool:
     return (
         name in REBUILT
         or name in CONSTANTS
-        or name == Global("torch._C", "_VariableFunctionsClass")
+        or name == TORCH
         or (name.module in ("torch", "torch.storage") and name.name in DTYPES)
         or (name.module.startswith(LAYERS) and name.name in CLASSES)
     )
@@ -141,7 +151,8 @@ class Machine:
         """The value of the next pickle in ``stream``. Raises :class:`ValueError` and its like."""
         stack: list[Any] = []
         marks: list[list[Any]] = []
-        memo: dict[int, Any] = {}
+        memo: dict[Any, Any] = {}
+        arg: Any
         for op, arg, _ in pickletools.genops(stream):
             name = op.name
             if name == "STOP":
@@ -299,9 +310,16 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
             "PKG.MOD:FACTORY, the function that builds it"
         )
     try:
-        return embedded.describe(found), embedded.state_of(found)
+        description, state = embedded.describe(found), embedded.state_of(found)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if size > BUDGET * path.stat().st_size:
+        raise InputError(
+            f"{path}: its tensors take {size:,} bytes, more than the file holds: save contiguous "
+            "tensors"
+        )
+    return description, state
 
 
 def _check_names(path: Path, names: dict[Global, None]) -> None:
@@ -322,7 +340,7 @@ class _Numbers:
         with path.open("rb") as file:
             self.zipped = file.read(2) == b"PK"
         self.archive = Archive(path) if self.zipped else None
-        self.left = BUDGET * path.stat().st_size
+        self.left = path.stat().st_size
         self.known: dict[str, tuple[str, int, Tensor]] = {}
 
     def run(self, machine: Machine) -> Any:
@@ -353,15 +371,15 @@ class _Numbers:
         elif self.archive is not None:
             data = self.archive.read(f"data/{key}")
             if len(data) != count * DTYPES[kind].itemsize:
-                raise ValueError(f"storage {key!r:.40} has {len(data):,} bytes, not {count:,} numbers")
+                raise ValueError(
+                    f"storage {key!r:.40} has {len(data):,} bytes, not {count:,} numbers"
+                )
             numbers = flat(data, DTYPES[kind])
         else:
             # What is stored comes after the pickle that names it.
-            if not 0 <= count * DTYPES[kind].itemsize <= self.path.stat().st_size:
-                raise ValueError(f"storage {key!r:.40} of {count:,} numbers is not in the file")
             self.left -= count * DTYPES[kind].itemsize
-            if self.left < 0:
-                raise ValueError("its tensors are larger than the file")
+            if count < 0 or self.left < 0:
+                raise ValueError(f"storage {key!r:.40} of {count:,} numbers is not in the file")
             numbers = torch.zeros(count, dtype=DTYPES[kind])
         self.known[key] = kind, count, numbers
         return numbers
@@ -372,7 +390,7 @@ class _Numbers:
                 start = (machine.run(file), machine.run(file))
                 system = machine.run(file)
             except Exception:
-                start, system = (), {}
+                start, system = (None, None), {}
             if start != LEGACY or not system.get("little_endian", True):
                 raise InputError(
                     f"{self.path} is not a PyTorch checkpoint: save the model with torch.save"
@@ -393,7 +411,7 @@ def classes(path: Path) -> list[str]:
 
     Of a file that is damaged those that stand before the damage; none for one without pickles.
     """
-    machine = Machine(lambda said: _seen(said))
+    machine = Machine(_seen)
     for stream in _pickles(path):
         try:
             while True:
@@ -429,7 +447,7 @@ def trusted(path: Path) -> nn.Module:
             if zipfile.is_zipfile(path) and any(
                 name.startswith("code/") for name in Archive(path).entries
             ):
-                found: Any = torch.jit.load(path, map_location="cpu")
+                found: Any = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
             else:
                 found = torch.load(path, map_location="cpu", weights_only=False)
     except InputError:

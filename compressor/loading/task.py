@@ -17,6 +17,7 @@ from torch import nn
 
 from compressor import data as sources
 from compressor import names
+from compressor.data.demand import targets
 from compressor.errors import InputError, one_line
 from compressor.loading import checkpoint, torchfile
 from compressor.loading.checkpoint import ZOO, Described
@@ -87,13 +88,15 @@ def task(
     splits = given.splits if given else None
     inputs = _inputs(said, splits, name)
     output = _probe(reference, inputs, splits, name)
+    mine = {} if metric is None or ":" not in metric else {metric: own_metric(metric, functions)}
     known = kind or (given.kind if given else None) or said.kind
     if given is not None and splits is not None and given.labelled:
         head = splits.train.head(256)[1]
-        judged = [part.head(256)[1] for part in (splits.validate, splits.test)]
-        if all(labelled(one).all() for one in judged):  # only training examples may have none
-            head = head[labelled(head)] if labelled(head).any() else judged[0]
-        known = known or _kind(output, head)
+        if not labelled(head).all():  # as training examples may be, but no others
+            judged = [part.head(256)[1] for part in (splits.validate, splits.test)]
+            if all(labelled(one).all() for one in judged):
+                head = head[labelled(head)] if labelled(head).any() else judged[0]
+        known = known or _kind(output, head, bool(mine))
         check_targets(known, output, splits)
     known = known or (
         "classification" if output.ndim == 2 and output.shape[1] > 1 else "regression"
@@ -109,7 +112,6 @@ def task(
     for flag, other in [*(("--teacher", one) for one in masters),
                         *(("--student", build()) for build in pupil.values())]:  # fmt: skip
         _answers_alike(flag, other, output, inputs, splits)
-    mine = {} if metric is None or ":" not in metric else {metric: own_metric(metric, functions)}
     return Task(
         name=name,
         kind=known,
@@ -197,6 +199,7 @@ ANSWERS: dict[Kind, Callable[[Array], Array]] = {
     "binary": lambda outputs: (outputs > 0).astype(np.int64),
     "multilabel": lambda outputs: (outputs > 0).astype(np.int64),
     "regression": lambda outputs: outputs,
+    "custom": lambda outputs: outputs,
 }
 """From a model's outputs to the labels that they stand for."""
 
@@ -343,8 +346,9 @@ def first(output: Any) -> torch.Tensor:
     return tensors(output)[0]
 
 
-def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any]) -> Kind:
-    """The kind of task that an output ``(2, ...)`` and targets ``(n, ...)`` speak of."""
+def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any], own: bool = False) -> Kind:
+    """The kind of task that an output ``(2, ...)`` and targets ``(n, ...)`` speak of; with a metric
+    of the user's ``own``, whatever else they may be is custom."""
     whole = np.issubdtype(targets.dtype, np.integer)
     # PyTorch's own binary losses want floats: both values, nothing else, are labels all the same.
     zero_one = set(np.unique(targets)) == {0, 1} or (whole and bool(np.isin(targets, (0, 1)).all()))
@@ -359,6 +363,8 @@ def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any]) -> Kind:
         return "segmentation"
     if not whole and targets.size // len(targets) == output.numel() // 2:
         return "regression"
+    if own:
+        return "custom"
     raise InputError(
         f"targets {targets.dtype} {targets.shape} do not fit an output of shape "
         f"{tuple(output.shape)}: no task kind has both (regression targets are floats)"
@@ -367,15 +373,18 @@ def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any]) -> Kind:
 
 def check_targets(kind: Kind, output: torch.Tensor, splits: Splits) -> None:
     """Raises :class:`InputError` for the first split whose targets the model cannot have meant."""
+    if kind == "custom":
+        return
     width = output.shape[1] if output.ndim > 1 else 1
     classes = width if kind in ("classification", "segmentation") else 2
     for name in ("train", "validate", "calibrate", "test"):
-        for batch in getattr(splits, name).batches(4096):
-            _check_batch(kind, name, classes, output, batch)
+        for told in targets(getattr(splits, name), 4096):
+            _check_targets(kind, name, classes, output, told)
 
 
-def _check_batch(kind: Kind, name: str, classes: int, output: torch.Tensor, batch: Batch) -> None:
-    targets = batch[1]
+def _check_targets(
+    kind: Kind, name: str, classes: int, output: torch.Tensor, targets: Array
+) -> None:
     if name in ("train", "calibrate"):  # whose examples may have no label
         targets = targets[labelled(targets)]
     if not len(targets):

@@ -122,6 +122,7 @@ def about(task: Task) -> Row:
         "name": task.name,
         "kind": task.kind,
         "data": task.data,
+        "labels": None if task.labelled else "the model's own answers",
         "splits": task.splits.sizes() if task.splits else None,
         "metric": task.metric,
         "higher_is_better": metrics_of(task)[task.metric].higher_is_better,

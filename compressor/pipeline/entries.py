@@ -107,7 +107,9 @@ def read(
             entry = _onnx(name, path, given, asked, batch)
         else:
             entry = _torch(name, path, given, arch, metric, kind, seed)
-        if not entries and given is None and isinstance(entry.read, Task) and entry.read.splits:
+        bare = given is None or not given.labelled
+        if not entries and bare and isinstance(entry.read, Task) and entry.read.splits:
+            # All are judged by what the first names, or answers where nothing has a label.
             given = Data(entry.read.data or "", entry.read.splits, entry.read.kind)
         entries.append(entry)
     slots = [one.name for entry in entries for one in getattr(entry.read, "slots", ())]

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compressor.report import curves, damage, judged, waterfall
+from compressor.report import curves, damage, judged, robust, waterfall
 from compressor.report.plots import shown
 from compressor.report.table import (
     MISSING,
@@ -66,6 +66,7 @@ def _blocks(document: Document) -> Iterator[str]:
     yield from _judged(document)
     yield from _stage_by_stage(document)
     yield from _damage(document)
+    yield from _robustness(document)
     if others := further(document, markdown=True):
         yield "## Further targets"
         yield others
@@ -96,6 +97,9 @@ def _blocks(document: Document) -> Iterator[str]:
         yield "## Where the time goes"
         yield kinds
         yield nodes(document, target)
+    if trained := curves.training(document, markdown=True):
+        yield "## Training"
+        yield trained
     if learned := _image(document, "Loss and accuracy by epoch", "curves.png"):
         yield "## Learning curves"
         yield learned
@@ -160,6 +164,17 @@ def _damage(document: Document) -> Iterator[str]:
     if examples:
         yield f"The test examples on which {escaped(chosen['name'])} lost most:"
         yield _image(document, "The worst examples", "worst.png") or examples
+
+
+def _robustness(document: Document) -> Iterator[str]:
+    """What corruptions and attacks cost, where that was asked for."""
+    if held := robust.table(document, markdown=True):
+        yield "## Robustness"
+        yield escaped(robust.lost(document))
+        yield _image(document, "The metric under corruptions and attacks", "robustness.png")
+        yield held
+    if robust.rows(document):
+        yield _bullets(escaped(note) for note in robust.notes(document))
 
 
 def _instead(document: Document) -> str:

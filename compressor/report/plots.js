@@ -251,9 +251,10 @@ function curves(figure) {
     }
   }
   const holder = figure.appendChild(make("div", { class: "panels" }));
+  const metric = report.task.metric ?? "accuracy", drawn = ["loss", metric, `train_${metric}`];
   const keys = new Set(series.flatMap(({ history }) => history.flatMap(Object.keys)));
   for (const key of keys) {
-    if (key === "epoch") continue;
+    if (!drawn.includes(key)) continue;  // rates and seconds are no curves
     const rows = (entry, stage) => [["stage", plain(stage)], ["epoch", String(entry.epoch)],
       ...Object.entries(entry).filter(([name]) => name !== "epoch")
         .map(([name, value]) => [plain(name), score(value)])];

@@ -232,7 +232,7 @@ def fit(
                     kept = placed.state()
             history.append({"epoch": epoch, "loss": total / seen, name: reached})
             history[-1] |= {
-                "rate": schedule.get_last_lr()[0],
+                "rate": float(schedule.get_last_lr()[0]),
                 "seconds": round(trained, 3),
                 "examples_per_s": round(seen / trained, 1),
             }

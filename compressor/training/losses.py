@@ -272,10 +272,11 @@ def _labels(seen: Seen) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "labels": Loss(_labels, frozenset({"labels"})),
+    "labels": Loss(_labels, frozenset({"labels"}), frozenset(LABELS)),
     "kd": Loss(
         lambda seen: SOFT[seen.kind](*_taught(seen), seen.temperature),
         frozenset({"teacher"}),
+        frozenset(SOFT),
     ),
     "dkd": Loss(
         lambda seen: decoupled(*_taught(seen), seen.targets, seen.temperature),

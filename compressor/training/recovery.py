@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.data.demand import targets
 from compressor.errors import InputError, Unsuitable
 from compressor.loading.task import answered, first
 from compressor.metrics import metrics_of
@@ -133,7 +134,7 @@ def recover(
         objective, beside = open_.enter_context(
             imitating(model, task, splits, how, aim, own, needs, into)
         )
-        return fit(
+        fitted = fit(
             model,
             splits,
             objective if penalty is None else lambda net, at: objective(net, at) + penalty(),
@@ -146,6 +147,9 @@ def recover(
             resume=None if into is None else (into.with_name(f"{into.name}{STANDS}"), key),
             watching=watching(task, how, into),
         )
+    whose = f"{len(task.teachers)} of --teacher" if task.teachers else "the original"
+    fitted.facts["teacher"] = whose if "teacher" in needs else None
+    return fitted
 
 
 def watching(task: Task, training: Training, into: Path | None) -> Watching:
@@ -200,7 +204,7 @@ def _meant(splits: Splits, needs: set[str]) -> Splits:
     """The splits, where labels are all that counts without the training examples that have none."""
     if "teacher" in needs:
         return splits
-    has = np.concatenate([labelled(targets) for _, targets in splits.train.batches(4096)])
+    has = np.concatenate([labelled(told) for told in targets(splits.train, 4096)])
     return splits if has.all() else replace(splits, train=splits.train.take(np.flatnonzero(has)))
 
 

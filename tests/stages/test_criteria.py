@@ -18,7 +18,7 @@ from compressor.errors import InputError, StageError
 from compressor.stages.prune.criteria import CRITERIA, scored
 from compressor.stages.prune.group import Group, Slice, Unit
 from compressor.task import Array, Kind, Split, Splits, Task
-from compressor.training.losses import LOSSES
+from compressor.training.losses import LABELS
 
 NEED_DATA = ("taylor", "hessian", "activation")
 
@@ -226,7 +226,7 @@ def losses_without(model: nn.Module, cut: Group, task: Task) -> list[float]:
 
     def loss(of: nn.Module) -> float:
         with torch.no_grad():
-            return float(LOSSES[task.kind].labels(of(torch.from_numpy(x)), torch.from_numpy(y)))
+            return float(LABELS[task.kind](of(torch.from_numpy(x)), torch.from_numpy(y)))
 
     changes = []
     for unit in cut.strands[0]:

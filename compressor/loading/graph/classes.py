@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  (the name that the field uses)
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -170,7 +171,11 @@ ATTENTION = {
     "batch_first": flag,
 }
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "relu": F.relu,
+    "torch.relu": torch.relu,
+    "gelu": F.gelu,
+}
 """The functions that a transformer layer may have between its linear layers."""
 
 # A module in that place is a child, so that the attribute is missing.
