@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compressor.errors import InputError, one_line
-from compressor.loading.graph.classes import ACTIVATIONS, CLASSES, LARGEST, Known, flag
+from compressor.loading.graph.classes import ACTIVATIONS, CLASSES, LARGEST, Known, flag, shown
 from compressor.loading.graph.functions import DTYPES, PATH, Graph, parsed
 from compressor.task import Input
 
@@ -42,10 +42,13 @@ FACTORY = "compressor.embedded"
 MOST = 50_000
 """Layers of a model, one that is used twice counted twice."""
 
+TENSORS = 8
+"""What a recurrent layer of both directions may have, for each of its own layers."""
+
 DEEPEST = 60
 """Layers in layers."""
 
-LARGEST_VALUE = 1 << 33
+LARGEST_VALUE = 1 << 32
 """Bytes of one value that a model computes from two examples."""
 
 Description = dict[str, Any]
@@ -202,21 +205,21 @@ def _arguments(where: str, known: Known, attributes: Mapping[str, Any]) -> dict[
     value: Any
     for name, check in known.arguments.items():
         stored = known.stored.get(name, name)
-        if stored in attributes["_parameters"]:
+        if name == "activation" and name in attributes["_modules"]:
+            value = None
+        elif stored in attributes["_parameters"]:
             value = attributes["_parameters"][stored] is not None
         elif stored in attributes:
             value = _plain(attributes[stored])
             if check is flag and value is None:  # there is no such tensor
                 value = False
-        elif name == "activation" and name in attributes["_modules"]:
-            value = None
         else:
             continue  # a model of an older PyTorch, before there was this argument
         if name == "activation":
             value = next((key for key, made in ACTIVATIONS.items() if made is value), value)
         if not check(value):
             raise InputError(
-                f"{where:.80}: {name} of a {known.kind.__name__} is {value!r:.60}: it cannot be "
+                f"{where:.80}: {name} of a {known.kind.__name__} is {shown(value)}: it cannot be "
                 "meant"
             )
         found[name] = value
@@ -245,8 +248,8 @@ def _compare(path: str, name: str, attributes: Mapping[str, Any], built: nn.Modu
             continue
         if not _comparable(_plain(attributes[key])) or _plain(attributes[key]) != _plain(value):
             raise InputError(
-                f"{where:.80}: {key} is {attributes[key]!r:.60}, a {name} of these arguments has "
-                f"{value!r:.60}: the model was changed by hand; give --arch PKG.MOD:FACTORY"
+                f"{where:.80}: {key} is {shown(attributes[key])}, a {name} of these arguments has "
+                f"{shown(value)}: the model was changed by hand; give --arch PKG.MOD:FACTORY"
             )
     wanted, given = _tensors(fresh), _tensors(attributes)
     for key in {**wanted, **given}:
@@ -320,7 +323,7 @@ def _build(
     if not set(said) <= words or path.count(".") > DEEPEST:
         raise ValueError(f"layer {path!r:.60} says more than a layer has")
     arguments = _checked(entry, said.get("arguments", {}))
-    left.take(1 + arguments.get("num_layers", 0))
+    left.take(1 + TENSORS * arguments.get("num_layers", 0))
     children = {
         name: _build(child, f"{path}.{name}" if path else name, made, left)[0]
         for name, child in said.get("modules", {}).items()
@@ -415,7 +418,8 @@ def check(model: nn.Module, inputs: tuple[Input, ...], batch: int = 2) -> None:
     """Follows ``batch`` examples through the shapes of ``model``, without memory for any of it.
 
     A file may ask for a padding or an enlargement that no memory holds. Raises
-    :class:`InputError` for a value above :data:`LARGEST_VALUE` and for a model that does not run.
+    :class:`InputError` for a value above :data:`LARGEST_VALUE`, for a model that does not run and
+    for one that writes into its own tensors.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
@@ -428,6 +432,12 @@ def check(model: nn.Module, inputs: tuple[Input, ...], batch: int = 2) -> None:
                 torch.empty((batch, *one.shape), dtype=DTYPES[one.dtype]) for one in inputs
             )
             torch.func.functional_call(model, shapes, given)
+        written = [name for name, tensor in shapes.items() if tensor._version]
+        if written:
+            raise InputError(
+                f"the model changes its own {written[0]!r:.60} whenever it runs: export it for "
+                "inference, after model.eval()"
+            )
     except InputError:
         raise
     except Exception as error:

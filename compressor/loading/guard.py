@@ -48,9 +48,9 @@ import torch
 
 from compressor.data import arrays
 from compressor.errors import CompressorError, InputError, one_line
-from compressor.loading import checkpoint, torchfile
+from compressor.loading import checkpoint, pt2, torchfile
 from compressor.loading.checkpoint import Described
-from compressor.task import Kind
+from compressor.task import Input, Kind
 
 Said = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 
@@ -58,9 +58,13 @@ READERS = {
     "checkpoint": "compressor.loading.guard:_checkpoint",
     "npz": "compressor.loading.guard:_npz",
     "pickled": "compressor.loading.pickled:read",
+    "pt2": "compressor.loading.guard:_pt2",
     "safetensors": "compressor.loading.guard:_safetensors",
 }
 """What may read in a child: ``read(path) -> (plain JSON values, tensors by name)``."""
+
+IMPORTS = {"compressor.loading.guard:_pt2": ("torch._dynamo",)}
+"""Modules that a reader would import on its way and that a child cannot: they make folders."""
 
 ENVIRONMENT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH",
                "SYSTEMROOT", "TMPDIR", "VIRTUAL_ENV")  # fmt: skip
@@ -108,16 +112,29 @@ def read(path: Path) -> Described:
         return Described(
             state,
             None if source is None else torchfile.source_of(said),
-            tuple(
-                checkpoint._input({**given, "shape": [1, *given["shape"]]})
-                for given in said["inputs"]
-            ),
+            _inputs(said),
             kind,
             data,
             dict(said["about"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unsound(path, error) from None
+
+
+def read_pt2(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], tuple[Input, ...]]:
+    """What :func:`compressor.loading.pt2.read` says of ``path``, read by a child; errors as
+    :func:`read`."""
+    said, state = guarded("pt2", path)
+    try:
+        return dict(said["model"]), state, _inputs(said)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unsound(path, error) from None
+
+
+def _inputs(said: Mapping[str, Any]) -> tuple[Input, ...]:
+    return tuple(
+        checkpoint._input({**given, "shape": [1, *given["shape"]]}) for given in said["inputs"]
+    )
 
 
 def guarded(
@@ -190,7 +207,7 @@ def holding() -> dict[str, bool]:
 
 
 def close() -> None:
-    """Ends the server, which takes 200 MB; the next :func:`guarded` starts another."""
+    """Ends the server, which takes 230 MB; the next :func:`guarded` starts another."""
     with _LOCK:
         server = _SERVERS.pop(os.getpid(), None)
         if server is not None:
@@ -399,6 +416,7 @@ def _serve(descriptor: int) -> None:
     """Forks a limited child for each request on the socket, until that closes."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tempfile.tempdir = str(Path.cwd())  # children, which cannot write, would find none
     kept = {"network": _off_the_network(), "files": _filtering()}
     buffer = io.BytesIO()
     torch.save({"weight": torch.zeros(1)}, buffer)
@@ -421,6 +439,8 @@ def _served(parent: socket.socket) -> bool:
         return False
     request = json.loads(said)
     _found(request["reader"])  # its imports are done once, here
+    for module in IMPORTS.get(request["reader"], ()):
+        importlib.import_module(module)
     child = os.fork()
     if not child:
         _child(request, passed[0])
@@ -584,6 +604,11 @@ def _safetensors(path: Path) -> Said:
     found = torchfile.header(path)
     state = checkpoint._safetensors(path) if found is None else torchfile.tensors_in(path, found)
     return {"header": found}, state
+
+
+def _pt2(path: Path) -> Said:
+    description, state, inputs = pt2.read(path)
+    return {"model": description, "inputs": [asdict(given) for given in inputs]}, state
 
 
 def _npz(path: Path) -> Said:

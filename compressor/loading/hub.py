@@ -40,14 +40,19 @@ TOKENIZER = "tokenizer.json"
 LENGTH = 128
 """Tokens of an example where nobody asks for another number."""
 
+SHIFTED = re.compile(
+    r"(xlm-)?roberta(-xl|-prelayernorm)?|camembert|mpnet|longformer|data2vec-text|xmod"
+)
+"""Model types that count positions from behind the padding token's id: that many fewer tokens."""
+
 LARGEST = 1 << 20
 """Largest integer in a config.json: labels are listed in memory before anything can be compared."""
 
 LONGEST = 1 << 24
 """Bytes of a config.json; 21,000 named labels take 1 MiB."""
 
-HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining)$")
-"""Architectures whose body is what counts: the head was for pretraining."""
+PRETRAINING = re.compile(r"(ForMaskedLM|ForPreTraining)$")
+"""Architectures of which the body is taken: their head was for pretraining."""
 
 KINDS: dict[str, Kind] = {
     "single_label_classification": "classification",
@@ -252,13 +257,17 @@ def _config(path: Path) -> dict[str, Any]:
     return _object(path / CONFIG)
 
 
+def _architecture(config: Mapping[str, Any]) -> str:
+    listed = config.get("architectures") or ["Model"]
+    return str(listed[0]) if isinstance(listed, list) else repr(listed)
+
+
 def _has_head(config: Mapping[str, Any], path: Path) -> bool:
     """Whether the head of the model is kept: it classifies sequences."""
-    listed = config.get("architectures") or ["Model"]
-    name = str(listed[0]) if isinstance(listed, list) else repr(listed)
+    name = _architecture(config)
     if name.endswith("ForSequenceClassification"):
         return True
-    if not HEADLESS.search(name):
+    if not name.endswith("Model") and not PRETRAINING.search(name):
         raise InputError(
             f"{path} holds a {name:.60}: give a model that classifies sequences or gives "
             "embeddings (*ForSequenceClassification, *Model)"
@@ -330,8 +339,11 @@ def _weights(path: Path) -> State:
 
 def _limit(path: Path, config: Mapping[str, Any]) -> int:
     """Most tokens that the model takes, of all that the folder says about it."""
+    positions, pad = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
+    if SHIFTED.fullmatch(str(config.get("model_type"))) and type(positions) is type(pad) is int:
+        positions -= pad + 1
     said = (
-        config.get("max_position_embeddings"),
+        positions,
         config.get("n_positions"),
         _object(path / "tokenizer_config.json").get("model_max_length"),
         _object(path / "sentence_bert_config.json").get("max_seq_length"),
@@ -476,15 +488,21 @@ def _keep_buffers(body: nn.Module) -> None:
 
 def _loaded(arguments: Mapping[str, Any], model: Text, state: State, path: Path) -> Text:
     """The same model as transformers loads it: it knows the names that older files use."""
+    kind, config, extra = _class_of(arguments, str(path))
+    said = _architecture(arguments["config"])
+    if said not in ("Model", kind.__name__) and not PRETRAINING.search(said):
+        raise InputError(
+            f"{path} holds a {said:.60}; for its model_type transformers has {kind.__name__}: "
+            "give a folder that it can load by itself"
+        )
     wanted = sum(each.numel() for each in model.parameters())
     held = sum(each.numel() for each in state.values())
     if wanted > held:
         raise InputError(
             f"{path}: config.json asks for {wanted:,} weights, its files hold {held:,}"
         )
-    kind, config, extra = _class_of(arguments, str(path))
     try:
-        body, said = kind.from_pretrained(
+        body, found = kind.from_pretrained(
             None,
             config=config,
             state_dict=dict(state),
@@ -500,12 +518,14 @@ def _loaded(arguments: Mapping[str, Any], model: Text, state: State, path: Path)
             f"{path}: its weights are not those of a {kind.__name__} with this config.json: "
             f"{one_line(error, 120)}"
         ) from None
-    for name in sorted(said["missing_keys"]):
+    for name in sorted(found["missing_keys"]):
         raise InputError(f"{path} has no tensor {name!r}, which a {kind.__name__} needs")
-    parts = dict(body.named_children())
-    for name in sorted(said["unexpected_keys"]):
-        own = name.removeprefix(f"{body.base_model_prefix}.").partition(".")[0]
-        if own in parts:
+    parts = set(dict(body.named_children()))
+    for name in sorted(found["unexpected_keys"]):
+        short = name.removeprefix(f"{body.base_model_prefix}.")
+        # A head for pretraining is no part of the body; older files have a pooler that nobody uses.
+        own = {name.partition(".")[0], short.partition(".")[0]} & parts
+        if own and "pooler" not in name.split("."):
             raise InputError(
                 f"{path} holds {name!r:.100}, which its config.json leaves out of a {kind.__name__}"
             )
@@ -535,7 +555,7 @@ def _quiet() -> Iterator[None]:
 
 def _built(package: str, name: str, classes: int | None) -> nn.Module:
     """The untrained model, with as many classes as ImageNet where nobody says."""
-    if package not in PACKAGES:
+    if type(package) is not str or package not in PACKAGES:
         raise InputError(
             f"models of {package!r:.40} are unknown: write timm:NAME, torchvision:NAME"
         )

@@ -14,7 +14,7 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,9 +26,12 @@ from compressor.loading import embedded
 from compressor.loading.checkpoint import WRAPPERS
 from compressor.loading.embedded import Description, Recorded
 from compressor.loading.graph.archive import BUDGET, LONGEST, Archive, flat, strided
-from compressor.loading.graph.classes import ACTIVATIONS, CLASSES
+from compressor.loading.graph.classes import ACTIVATIONS, CLASSES, shown
 
 LAYERS = "torch.nn.modules."
+MOST = 5_000_000
+"""Instructions of a pickle: each may make an object."""
+
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)
 """What files from before PyTorch 1.6 begin with: a number and the version of their form."""
 
@@ -83,7 +86,7 @@ def _typed(
     *_: Any,
 ) -> Tensor:
     if type(dtype) is not torch.dtype:
-        raise ValueError(f"{dtype!r:.60} is no dtype")
+        raise ValueError(f"{shown(dtype)} is no dtype")
     return _tensor(Stored(stored.numbers.view(dtype)), offset, sizes, strides, grad, hooks)
 
 
@@ -104,7 +107,7 @@ def _attribute(owner: Any, name: Any) -> Any:
     # ``torch.relu`` pickles as an attribute of PyTorch's table of functions.
     if owner == TORCH and name == "relu":
         return ACTIVATIONS["torch.relu"]
-    raise ValueError(f"it asks for the attribute {name!r:.60}, which could be code")
+    raise ValueError(f"it asks for the attribute {shown(name)}, which could be code")
 
 
 REBUILT: dict[Global, Callable[..., Any]] = {
@@ -153,8 +156,10 @@ class Machine:
         marks: list[list[Any]] = []
         memo: dict[Any, Any] = {}
         arg: Any
-        for op, arg, _ in pickletools.genops(stream):
+        for count, (op, arg, _) in enumerate(pickletools.genops(stream)):
             name = op.name
+            if count > MOST:
+                raise ValueError(f"it has more than {MOST:,} instructions")
             if name == "STOP":
                 return stack.pop()
             if name == "MARK":
@@ -173,8 +178,8 @@ class Machine:
                 if name != "POP_MARK":
                     stack.append(GATHERED[name](items))
             elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
+                width = int(name[-1])
+                stack[-width:] = [tuple(stack[-width:])]
             elif name in ("APPENDS", "SETITEMS", "ADDITEMS"):
                 items, stack = stack, marks.pop()
                 _filled(stack[-1], name, items)
@@ -325,10 +330,10 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
 def _check_names(path: Path, names: dict[Global, None]) -> None:
     strangers = sorted(".".join(name) for name in names if not _is_known(name))
     if strangers:
-        shown = ", ".join(f"{name:.80}" for name in strangers[:8])
+        named = ", ".join(f"{' '.join(name.split()):.80}" for name in strangers[:8])
         more = f" and {len(strangers) - 8} more" if len(strangers) > 8 else ""
         raise InputError(
-            f"{path} holds classes that are code: {shown}{more}: add --trust-pickle if you trust it"
+            f"{path} holds classes that are code: {named}{more}: add --trust-pickle if you trust it"
         )
 
 
@@ -361,7 +366,7 @@ class _Numbers:
                 if any(part is not None for part in view):
                     raise ValueError("a storage is a view of another: save it with PyTorch 1.6")
                 return Stored(self._stored(str(key), kind, count))
-        raise ValueError(f"{said!r:.60} is no storage")
+        raise ValueError(f"{shown(said)} is no storage")
 
     def _stored(self, key: str, kind: str, count: int) -> Tensor:
         if key in self.known:
@@ -425,15 +430,20 @@ def _seen(said: Any) -> Any:
     return said[1] if isinstance(said, tuple) and said[:1] == ("module",) else Foreign(said)
 
 
-def _pickles(path: Path) -> list[BinaryIO]:
-    if not zipfile.is_zipfile(path):
-        return [io.BytesIO(path.read_bytes())]
-    archive = Archive(path)
-    found: list[BinaryIO] = []
+def _pickles(path: Path) -> Iterator[BinaryIO]:
+    if zipfile.is_zipfile(path):
+        yield from _packed(Archive(path))
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+def _packed(archive: Archive) -> Iterator[BinaryIO]:
     for name in archive.entries:
         if name.endswith(".pkl"):
-            found.append(io.BytesIO(archive.read(name, LONGEST)))
-    return found
+            yield io.BytesIO(archive.read(name, LONGEST))
+        elif name.endswith(".pt") and archive.data is None:  # sample inputs of an exported program
+            yield from _packed(Archive(archive.path, archive.read(name, LONGEST)))
 
 
 def trusted(path: Path) -> nn.Module:

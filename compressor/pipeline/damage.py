@@ -128,9 +128,9 @@ def worst(
     and the best other one that went (in units of the outputs); of several labels, by the labels
     that went wrong; of numbers, those whose squared error rose, by its rise. ``picture`` is a
     thumbnail of the input where that is an image, read for these examples only. ``None`` for
-    segmentation, whose outputs no word describes.
+    segmentation and custom tasks, whose outputs no word of ours describes.
     """
-    if task.kind == "segmentation":
+    if task.kind in ("segmentation", "custom"):
         return None
     before, after = _finite(reference), _finite(outputs)
     known = targets.reshape(len(targets), -1)

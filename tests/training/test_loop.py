@@ -195,7 +195,7 @@ OTHERS = st.fixed_dictionaries(
     keep=st.sampled_from(("best", "last")),
     draw=st.data(),
 )
-@settings(max_examples=6)
+@settings(max_examples=4)
 def test_what_was_killed_ends_as_if_it_had_not_been(
     tmp_path_factory: pytest.TempPathFactory,
     optimizer: Any,
@@ -430,7 +430,7 @@ def test_by_default_it_is_adam_under_one_cycle(
     build: Callable[[], nn.Module], splits: Splits, seed: int
 ) -> None:
     ours, theirs = build(), build()
-    training = Training(epochs=4)
+    training = Training(epochs=12)
     found = fitted(ours, training, splits, seed=seed)
     kept = bare(
         theirs,

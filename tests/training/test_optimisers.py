@@ -42,11 +42,11 @@ def one_cycle(steps: int, warmup: float, low: float, high: float, least: float) 
     """From ``low`` to ``high`` in the first steps and to ``least`` in the others."""
     top = warmup * steps - 1
     return [
-        cosine(low, high, at / top) if at <= top else cosine(high, least, (at - top) / (steps - 1 - top))
-        if top > 0
+        cosine(low, high, at / top)
+        if at <= top
         else cosine(high, least, (at - top) / (steps - 1 - top))
         for at in range(steps)
-    ]  # fmt: skip
+    ]
 
 
 def test_every_name_has_its_function() -> None:

@@ -6,6 +6,7 @@ would take more memory than it is long, and is refused.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zipfile
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from compressor.errors import InputError, one_line
+from compressor.loading.graph.classes import shown
 
 MOST = 200_000
 """Entries of an archive."""
 
-LONGEST = 1 << 28
+LONGEST = 1 << 26
 """Bytes of an entry that is parsed: a pickle or JSON."""
 
 BUDGET = 4
@@ -29,20 +31,20 @@ BUDGET = 4
 
 
 class Archive:
-    """The entries of a zip file by their names below its one folder.
+    """The entries of a zip file, or of one in another as ``data``, by their names below its folder.
 
     Raises :class:`InputError` for a file that is no such archive or could need more memory than it
     is long.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
+        self.path, self.data = path, data
         try:
-            with zipfile.ZipFile(path) as file:
+            with self._open() as file:
                 found = file.infolist()
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
             raise InputError(f"{path} is damaged ({one_line(error, 80)}): save it again") from None
-        self.size = path.stat().st_size
+        self.size = path.stat().st_size if data is None else len(data)
         self.entries: dict[str, zipfile.ZipInfo] = {}
         for entry in found:
             _, _, name = entry.filename.partition("/")
@@ -59,6 +61,9 @@ class Archive:
         if "byteorder" in self.entries and self.read("byteorder") != b"little":
             raise self.broken("its numbers are big-endian")
 
+    def _open(self) -> zipfile.ZipFile:
+        return zipfile.ZipFile(self.path if self.data is None else io.BytesIO(self.data))
+
     def broken(self, why: str) -> InputError:
         """The error for a file that PyTorch did not write so."""
         return InputError(f"{self.path} is not as PyTorch saves a file ({why}): save it again")
@@ -74,7 +79,7 @@ class Archive:
         if longest is not None and entry.file_size > longest:
             raise self.broken(f"its {name!r:.60} is longer than {longest:,} bytes")
         try:
-            with zipfile.ZipFile(self.path) as file:
+            with self._open() as file:
                 return file.read(entry)
         except (zipfile.BadZipFile, ValueError, RuntimeError, OSError, EOFError) as error:
             raise self.broken(one_line(error, 80)) from None
@@ -101,22 +106,25 @@ def strided(stored: Tensor, offset: Any, sizes: Any, strides: Any) -> Tensor:
     """
     numbers = [offset, *_numbers(sizes), *_numbers(strides)]
     if not all(type(at) is int and 0 <= at < 2**48 for at in numbers) or len(sizes) != len(strides):
-        raise ValueError(f"a tensor has the shape {sizes!r:.60}")
-    size = math.prod(sizes)
-    last = offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-    if size and (last >= stored.numel() or size > stored.numel()):
-        raise ValueError(
-            f"a tensor of shape {tuple(sizes)} has more elements than the {stored.numel():,} that "
-            "are stored: save contiguous tensors"
-        )
-    if not size:
+        raise ValueError(f"a tensor has the shape {shown(sizes)}")
+    if not math.prod(sizes):
         if any(n > stored.numel() + 2**20 for n in sizes):
-            raise ValueError(f"a tensor has the shape {sizes!r:.60}")
+            raise ValueError(f"a tensor has the shape {shown(sizes)}")
         return torch.empty(tuple(sizes), dtype=stored.dtype)
+    reach, twice = 0, False
+    for step, n in sorted(zip(strides, sizes, strict=True)):
+        if n > 1:
+            twice |= step <= reach
+            reach += (n - 1) * step
+    if twice or offset + reach >= stored.numel():
+        raise ValueError(
+            f"a tensor of shape {shown(tuple(sizes))} is not made of the {stored.numel():,} "
+            "numbers that are stored: save contiguous tensors"
+        )
     return stored.as_strided(tuple(sizes), tuple(strides), offset)
 
 
 def _numbers(given: Any) -> Sequence[Any]:
     if type(given) not in (list, tuple, torch.Size):
-        raise ValueError(f"{given!r:.60} is no shape")
+        raise ValueError(f"{shown(given)} is no shape")
     return given  # type: ignore[no-any-return]

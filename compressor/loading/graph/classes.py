@@ -6,6 +6,7 @@ nothing else: :mod:`compressor.loading.embedded` writes and reads it.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,13 @@ class Known(NamedTuple):
     stored: Mapping[str, str] = {}
     make: Callable[[Arguments, Children], nn.Module] | None = None
     free: bool = False
+
+
+def shown(value: Any) -> str:
+    """A value for a message. A file may hold one whose whole text fills the memory."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return f"{short.repr(value):.60}"
 
 
 def whole(low: int, high: int = LARGEST) -> Check:
@@ -179,7 +187,9 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 """The functions that a transformer layer may have between its linear layers."""
 
 # A module in that place is a child, so that the attribute is missing.
-TRANSFORMER_LAYER = {"activation": maybe(among(*ACTIVATIONS)), "norm_first": flag}
+ENCODER_LAYER = {"activation": maybe(among(*ACTIVATIONS)), "norm_first": flag}
+# PyTorch forgets a decoder's whenever the layer is copied, and takes ReLU.
+DECODER_LAYER = {"activation": among(*ACTIVATIONS), "norm_first": flag}
 NESTED = {"enable_nested_tensor": flag, "mask_check": flag}
 
 
@@ -349,8 +359,8 @@ CLASSES: dict[str, Known] = {
         Known(nn.GRUCell, CELL),
         Known(nn.LSTMCell, CELL),
         Known(nn.MultiheadAttention, ATTENTION, {"bias": "in_proj_bias", "add_bias_kv": "bias_k"}),
-        Known(nn.TransformerEncoderLayer, TRANSFORMER_LAYER, make=_encoder_layer),
-        Known(nn.TransformerDecoderLayer, TRANSFORMER_LAYER, make=_decoder_layer),
+        Known(nn.TransformerEncoderLayer, ENCODER_LAYER, make=_encoder_layer),
+        Known(nn.TransformerDecoderLayer, DECODER_LAYER, make=_decoder_layer),
         Known(nn.TransformerEncoder, NESTED, make=_encoder),
         Known(nn.TransformerDecoder, make=_decoder),
         Known(

@@ -45,14 +45,28 @@ def _to(given: Tensor, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> 
     return given if dtype is None else given.to(dtype)
 
 
+def _integer(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of sizes only: Python repeats a list, and knows no largest integer."""
+
+    def compute(*given: Any) -> Any:
+        if not all(isinstance(one, int | torch.SymInt) for one in given):
+            raise TypeError(f"{function.__name__} is of sizes only")
+        found = function(*given)
+        if isinstance(found, int) and abs(found) >= 2**63:
+            raise OverflowError(f"{function.__name__} of sizes gives no integer of 64 bits")
+        return found
+
+    return compute
+
+
 SPELLED: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem,
-    "int_add": operator.add,
-    "int_sub": operator.sub,
-    "int_mul": operator.mul,
-    "int_floordiv": operator.floordiv,
-    "int_mod": operator.mod,
-    "int_neg": operator.neg,
+    "int_add": _integer(operator.add),
+    "int_sub": _integer(operator.sub),
+    "int_mul": _integer(operator.mul),
+    "int_floordiv": _integer(operator.floordiv),
+    "int_mod": _integer(operator.mod),
+    "int_neg": _integer(operator.neg),
     "size": Tensor.size,
     "slice": _slice,
     "index": _index,

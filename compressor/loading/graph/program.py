@@ -86,6 +86,8 @@ class Program:
     steps: tuple[Step, ...]
     outputs: tuple[Any, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    varying: Mapping[str, tuple[int, ...]]
+    """Which axes of a value vary, of those that have any."""
 
 
 def program(archive: Archive) -> Program:
@@ -110,6 +112,10 @@ def program(archive: Archive) -> Program:
         name: tuple(_size(size)[0] for size in meta["sizes"])
         for name, meta in graph["tensor_values"].items()
     }
+    varying = {
+        name: tuple(at for at, size in enumerate(meta["sizes"]) if _size(size)[1] is not None)
+        for name, meta in graph["tensor_values"].items()
+    }
     stored = {**_stored(archive, "weights", model), **_stored(archive, "constants", model)}
     _check_outputs(archive, signature)
     given, weights = _inputs(archive, graph, signature, stored)
@@ -124,6 +130,7 @@ def program(archive: Archive) -> Program:
         tuple(_step(archive, entry) for entry in graph["nodes"]),
         tuple(_argument(archive, one["user_output"]["arg"]) for one in signature["output_specs"]),
         shapes,
+        {name: axes for name, axes in varying.items() if axes},
     )
 
 

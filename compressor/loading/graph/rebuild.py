@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
@@ -50,8 +49,12 @@ RENAMED = {
 DROPPED = ("_assert", "sym_constrain", "_operator.eq", "_operator.ge", "_operator.le")
 """Beginnings of steps that only check: shapes are checked anew here."""
 
-ROUNDED = {"softmax": 2, "log_softmax": 2}
-"""Arguments that count; the rest says how a device would compute."""
+COUNTED = {"_softmax": 2, "_log_softmax": 2}
+"""How many arguments count; the rest says how a device would compute."""
+
+
+TRANSPOSES = ("aten.t.default", "aten.permute.default")
+"""What stands between a weight and the product that a linear layer was taken apart into."""
 
 
 class Stuck(Exception):
@@ -104,7 +107,12 @@ class Rebuilding:
         self.makers = {
             name: step for step in program.steps for name in step.outputs if name is not None
         }
-        self.uses = self._uses()
+        self.readers: dict[str, list[Step]] = {name: [] for name in program.weights}
+        for step in program.steps:
+            for name in refs([one.value for one in step.arguments.values()]):
+                if name in self.readers:
+                    self.readers[name].append(step)
+        self.used: set[str] = set()
 
     def description(self) -> Description:
         """The graph; raises :class:`Stuck` naming the first step that could not be rebuilt."""
@@ -141,26 +149,18 @@ class Rebuilding:
         }
 
     def _needed(self) -> list[Step]:
-        """Steps whose values reach an output, and those that write into such values."""
+        """Steps whose values reach an output, and those that write into a value."""
         wanted = refs(list(self.program.outputs))
         found: list[Step] = []
         for step in reversed(self.program.steps):
             given = refs([one.value for one in step.arguments.values()])
-            writes = _base(step.target).endswith("_") and any(name in wanted for name in given)
+            # What it writes into may be a view of a value that is read later.
+            writes = _base(step.target).endswith("_")
             checks = step.target.removeprefix("aten.").startswith(DROPPED)
             if not checks and (writes or any(name in wanted for name in step.outputs)):
                 wanted |= given
                 found.append(step)
         return found[::-1]
-
-    def _uses(self) -> Counter[str]:
-        """How often each weight is read."""
-        return Counter(
-            name
-            for step in self.program.steps
-            for name in _mentions([one.value for one in step.arguments.values()])
-            if name in self.program.weights
-        )
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -178,7 +178,9 @@ class Rebuilding:
             self._give(step, self._layer(step, owner), owner.picks)
             return
         if plain.get("train") is True or plain.get("training") is True:
-            raise InputError("it was exported in training mode: export it again after model.eval()")
+            raise InputError(
+                "it computes as in training, from its batch: export it again after model.eval()"
+            )
         self._give(step, self._function(step, base, overload, arguments))
 
     def _layer_of(self, base: str, overload: str, plain: Mapping[str, Any]) -> Layer | None:
@@ -194,7 +196,7 @@ class Rebuilding:
         """A linear layer that was taken apart: a product with a transposed weight."""
         given, second = plain.get("mat1", plain.get("self")), plain["mat2"]
         maker = self.makers.get(second.name)
-        if maker is None or maker.target not in ("aten.t.default", "aten.permute.default"):
+        if maker is None or maker.target not in TRANSPOSES:
             return None
         if {"alpha", "beta"} & set(plain):
             return None
@@ -215,29 +217,22 @@ class Rebuilding:
             known = self.owners[key]
             return known[:3] == layer[:3]
         taken = {*self.modules, *self.parameters, *self.buffers}
-        alike = all(
-            self.uses[name.name] == self._alike(step, layer, name.name)
-            for name in layer.tensors.values()
-        )
-        return alike and key not in taken and len(set(layer.tensors.values())) == len(layer.tensors)
+        alone = all(self._alone(step, layer, one.name) for one in layer.tensors.values())
+        return alone and key not in taken and len(set(layer.tensors.values())) == len(layer.tensors)
 
-    def _alike(self, step: Step, layer: Layer, name: str) -> int:
-        """How many steps read a weight just as this one does."""
-        count = 0
-        for other in self.program.steps:
-            if name not in _mentions([one.value for one in other.arguments.values()]):
-                continue
-            if other is step:
-                count += 1
-                continue
-            if other.target == "aten.t.default" or other.target == "aten.permute.default":
-                count += step.target in ("aten.addmm.default", "aten.mm.default")
+    def _alone(self, step: Step, layer: Layer, name: str) -> bool:
+        """Whether every step that reads a weight reads it just as this one does."""
+        for other in self.readers[name]:
+            if other.target in TRANSPOSES:
+                if step.target not in ("aten.addmm.default", "aten.mm.default"):
+                    return False
                 continue
             plain = {key: one.value for key, one in other.arguments.items()}
             overload = other.target.rpartition(".")[2]
             found = self._layer_of(_base(other.target), overload, plain)
-            count += found is not None and found[:3] == layer[:3]
-        return count
+            if found is None or found[:3] != layer[:3]:
+                return False
+        return True
 
     def _path(self, step: Step, layer: Layer) -> str:
         """What the layer is called: as its weights are."""
@@ -247,8 +242,8 @@ class Rebuilding:
         path = _clean(self.program.weights[first.name].path)
         place, _, name = path.rpartition(".")
         if name != own:
-            return path
-        return place or _clean(f"{layer.kind.lower()}_{path}")
+            return path.removesuffix("_weight")
+        return place or layer.kind.lower()
 
     def _layer(self, step: Step, layer: Layer) -> Ref:
         path = self._path(step, layer)
@@ -305,8 +300,8 @@ class Rebuilding:
             self._resolved(value) for key, value in plain.items() if not arguments[key].named
         ]
         named = {key: self._resolved(value) for key, value in plain.items() if arguments[key].named}
-        positional = positional[: ROUNDED.get(base.removeprefix("_"), len(positional))]
-        if self.regroup and name in ("reshape", "expand"):
+        positional = positional[: COUNTED.get(base, len(positional))]
+        if self.regroup and name in ("reshape", "unflatten", "expand"):
             return self._grouped(step, name, positional)
         return self._call(step.name, name, positional, named)
 
@@ -324,6 +319,7 @@ class Rebuilding:
 
     def _emit(self, node: dict[str, Any], value: Any) -> Ref:
         self.nodes.append(node)
+        self.used.add(node["name"])
         self.values[node["name"]] = value
         return Ref(node["name"])
 
@@ -350,10 +346,12 @@ class Rebuilding:
         given, sizes = args[0], args[1]
         source = step.arguments["self"].value.name
         old = self.program.shapes.get(source) or tuple(self.program.weights[source].tensor.shape)
-        new = self.program.shapes[next(each for each in step.outputs if each)]
+        made = next(each for each in step.outputs if each)
+        new = self.program.shapes[made]
         if name == "expand":
             return self._call(step.name, name, [given, self._expanded(old, sizes)])
-        found = self._regrouped(step.name, given, old, new)
+        varying = self.program.varying.get(made, ())
+        found = self._regrouped(step.name, name, given, old, new, varying)
         return self._call(step.name, name, args) if found is None else found
 
     def _expanded(self, old: Shape, sizes: list[Any]) -> list[Any]:
@@ -364,14 +362,35 @@ class Rebuilding:
         ]
         lone = not added and old[0] == 1 and sizes[0] in (self.old_batch, -1)
         if lone and type(sizes[0]) is int and sizes[0] == self.old_batch:
-            first = self.names[self.program.given[0].name]
-            wide[0] = self._call("batch", "size", [first, 0])
+            wide[0] = self._now()
         return wide
 
-    def _regrouped(self, wish: str, given: Ref, old: Shape, new: Shape) -> Ref | None:
+    def _now(self) -> Ref:
+        """The batch that the model is called with."""
+        return self._call("batch", "size", [self.names[self.program.given[0].name], 0])
+
+    def _regrouped(
+        self,
+        wish: str,
+        target: str,
+        given: Ref,
+        old: Shape,
+        new: Shape,
+        varying: tuple[int, ...],
+    ) -> Ref | None:
         """A reshape as splits and merges of axes; ``None`` where it is not made of them."""
         here = tuple(self.values[given.name].shape)
-        there = _with_batch(old, here, new, self.old_batch, self.batch)
+        changed = [at for at, size in enumerate(old) if here[at] != size]
+        there: Shape | None = new
+        if changed:
+            axis = _batch_axis(old, changed[0], new, self.old_batch, varying)
+            there = None
+            if axis is not None and len(changed) == 1:
+                there = (
+                    *new[:axis],
+                    new[axis] // self.old_batch * self.batch,
+                    *new[axis + 1 :],
+                )
         if there is None or math.prod(here) != math.prod(there) or not math.prod(here):
             return None
         ends = sorted({*accumulate(here, operator.mul), *accumulate(there, operator.mul), 1})
@@ -390,9 +409,11 @@ class Rebuilding:
             inside = [end for end in ends if starts[at] <= end <= starts[at + 1]]
             parts = [large // small for small, large in pairwise(inside)]
             if len(parts) > 1:
-                varies = [k for k, part in enumerate(parts) if part % self.batch == 0]
-                free = varies[0] if varies else len(parts) - 1
-                split = [-1 if k == free else part for k, part in enumerate(parts)]
+                free = self._free(parts, at, shape, target)
+                split: list[Any] = [-1 if k == free else part for k, part in enumerate(parts)]
+                if free == 0 and parts[0] == self.batch and len(parts) == 2:
+                    # Heads lie beside the batch here, and may become fewer.
+                    split = [self._now(), -1]
                 found = self._call(wish, "unflatten", [found, at, split])
                 shape[at : at + 1] = parts
         wide = [size for size in there if size != 1]
@@ -406,6 +427,16 @@ class Rebuilding:
             if size == 1:
                 found = self._call(wish, "unsqueeze", [found, at])
         return found
+
+    def _free(self, parts: list[int], axis: int, shape: list[int], target: str) -> int:
+        """Which part of an axis that is split has the size that is left."""
+        varies = [k for k, part in enumerate(parts) if part % self.batch == 0]
+        if varies:
+            return varies[0]
+        # Groups of channels get narrower; of an attention layer heads go, of a picture channels.
+        if axis < len(shape) - 1 or target == "unflatten":
+            return len(parts) - 1
+        return len(parts) - 2 if len(shape) > 2 else 0
 
     # -- names --------------------------------------------------------------------------------
 
@@ -440,6 +471,7 @@ class Rebuilding:
 
     def _place(self, name: str) -> None:
         self.names[name] = Ref(self._fresh(name))
+        self.used.add(self.names[name].name)
 
     def _fresh(self, wish: str) -> str:
         """A name for a node that no other has."""
@@ -447,8 +479,7 @@ class Rebuilding:
         if not NAME.fullmatch(name):
             name = f"v_{name}"
         found, count = name, 0
-        used = {*self.values, *(ref.name for ref in self.names.values())}
-        while found in used:
+        while found in self.used or found in self.modules:
             count += 1
             found = f"{name}_{count}"
         return found
@@ -474,14 +505,6 @@ def _base(target: str) -> str:
     """``add`` of ``aten.add.Tensor``."""
     parts = target.split(".")
     return parts[1] if parts[0] == "aten" and len(parts) > 1 else target
-
-
-def _mentions(value: Any) -> list[str]:
-    if isinstance(value, Ref):
-        return [value.name]
-    if isinstance(value, list | tuple):
-        return [name for each in value for name in _mentions(each)]
-    return []
 
 
 def _clean(path: str) -> str:
@@ -517,19 +540,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _with_batch(old: Shape, here: Shape, new: Shape, before: int, now: int) -> Shape | None:
-    """The shape ``new`` as it is where ``old`` is ``here``: one axis of it holds the batch."""
-    changed = [at for at, size in enumerate(old) if here[at] != size]
-    if not changed:
-        return new
-    if len(changed) > 1:
-        return None
-    ahead = math.prod(old[: changed[0]])
+def _batch_axis(
+    old: Shape, axis: int, new: Shape, batch: int, varying: tuple[int, ...]
+) -> int | None:
+    """Which axis of a reshape to ``new`` holds the batch that ``axis`` of ``old`` holds.
+
+    An export for any batch says it. One for a fixed batch does not: then it is what the reshapes of
+    attention layers mean, and the model is compared with the export later.
+    """
+    able = [at for at, size in enumerate(new) if size % batch == 0]
+    if varying:
+        return next((at for at in varying if at in able), None)
     starts = [1, *accumulate(new, operator.mul)]
-    able = [at for at, size in enumerate(new) if size % before == 0]
-    exact = [at for at in able if starts[at] == ahead]
-    around = [at for at in able if starts[at] <= ahead and starts[at + 1] >= ahead * before]
-    if not exact and not around:
-        return None
-    at = (exact or around)[0]
-    return (*new[:at], new[at] // before * now, *new[at + 1 :])
+    ahead = math.prod(old[:axis])
+    inside = [at for at in able if ahead <= starts[at] and starts[at + 1] <= ahead * old[axis]]
+    alone = [at for at in inside if new[at] == batch]
+    if alone:
+        return alone[0]
+    begins = [at for at in able if starts[at] == ahead and new[at] > 1]
+    around = [at for at in able if starts[at] < ahead and starts[at + 1] >= ahead * batch]
+    following = next((size for size in old[axis + 1 :] if size > 1), 1)
+    split = bool(begins) and new[begins[0]] < batch * following
+    found = begins if batch > 1 or split or not around else around
+    return next(iter(found or around), None)

@@ -20,7 +20,7 @@ from compressor.loading.edits import Edit, apply
 from compressor.measure.costs import Dtype
 from compressor.measure.threads import one_thread
 from compressor.stages.mask import held
-from compressor.stages.prune.criteria import NEED_DATA, scored
+from compressor.stages.prune.criteria import NEED_DATA, NEED_LABELS, scored
 from compressor.stages.prune.group import Group
 from compressor.stages.prune.ranking import RANKINGS, chosen
 from compressor.stages.prune.search import Search, searched
@@ -251,6 +251,8 @@ def suited(task: Task, **settings: Any) -> None:
         raise InputError(
             f"criterion {settings['criterion']!r} needs data: add --data SPEC, or use l2"
         )
+    if settings["criterion"] in NEED_LABELS and (task.kind == "custom" or not task.labelled):
+        raise InputError(f"criterion {settings['criterion']!r} needs labels: use l2 or activation")
 
 
 def asked(**settings: Any) -> tuple[str, float]:

@@ -193,6 +193,9 @@ CRITERIA: dict[str, Criterion] = {
 NEED_DATA = ("taylor", "hessian", "activation")
 """Criteria that read the calibration split."""
 
+NEED_LABELS = ("taylor", "hessian")
+"""Those of them that read its labels, by a loss of ours."""
+
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])

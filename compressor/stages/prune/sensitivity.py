@@ -19,7 +19,7 @@ from compressor.metrics import metrics_of, value
 from compressor.stages.prune.cutting import units
 from compressor.stages.prune.group import Cut, Group
 from compressor.stages.prune.ranking import Scores, chosen
-from compressor.task import Array, Inputs, Task
+from compressor.task import Array, Inputs, Task, labelled
 from compressor.training.losses import LABELS
 
 SHARES = (0.25, 0.5, 0.75)
@@ -101,7 +101,9 @@ def curves(model: nn.Module, groups: Sequence[Group], scores: Scores, task: Task
     if task.splits is None:
         inputs = task.examples(min(count, 32))
     else:
-        inputs, targets = task.splits.calibrate.head(count)
+        inputs, given = task.splits.calibrate.head(count)
+        # Without a label for each, only what becomes of the outputs tells.
+        targets = given if task.kind != "custom" and labelled(given).all() else None
     with threads_for(model, task.examples(1), 32), torch.inference_mode():
         whole = _outputs(model, inputs)
         found = []
