@@ -48,6 +48,8 @@ class Whole(NamedTuple):
 class Metric:
     """What ``score`` gives each example, or ``whole`` all of them; and whether more is better.
 
+    ``apart`` says that ``score`` may be asked about a part of the examples at a time.
+
     ``score(outputs, targets)`` is ``(n,)``; a user's own (:func:`own`) may be one number instead.
     Callers use :func:`value`, and :func:`scores` where they need those of each example.
     """
@@ -55,6 +57,7 @@ class Metric:
     score: Callable[[Array, Array], Scores] | None = None
     higher_is_better: bool = True
     whole: Whole | None = None
+    apart: bool = True
 
 
 def value(metric: Metric, outputs: Array, targets: Array) -> float:
@@ -451,7 +454,7 @@ def own(name: str, function: Callable[[Any, Any], Any]) -> Metric:
         return found
 
     better = getattr(function, "higher_is_better", True) is not False
-    return Metric(score, better)
+    return Metric(score, better, apart=False)
 
 
 def _called(function: Callable[[Any, Any], Any], outputs: Array, targets: Array) -> Any:

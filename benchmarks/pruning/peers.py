@@ -163,6 +163,7 @@ def code() -> str:
     return digest_of_folder("stages")
 
 
+@functools.cache
 def digest_of_folder(name: str) -> str:
     """A digest of one folder of the package."""
     folder = Path(compressor.__file__).parent / name

@@ -1,11 +1,12 @@
-"""Recovery after ``--prune 0.75``: plain fine-tuning against every distillation loss, paired by seed.
+"""Recovery after ``--prune 0.75``: fine-tuning against every distillation loss, paired by seed.
 
-    python -m benchmarks.training.losses MNIST [--model resnet20] [--labelled 0.01] [--losses kd,dkd]
+    python -m benchmarks.training.losses MNIST [--model resnet20] [--labelled 0.01] [--losses kd]
 
 ``MNIST`` is the folder of the four IDX files. Every seed trains its own teacher on 10,000 examples
-and prunes it; all losses start from that same cut, with the same batches in the same order, for the
-same number of epochs. What is judged is the test split, 10,000 examples; the best epoch is chosen on
-validate, 5,000 examples that keep their labels with ``--labelled`` too, for all losses alike.
+and prunes it; all losses start from that same cut, with the same batches in the same order, for
+the same number of epochs. What is judged is the test split, 10,000 examples; the best epoch is
+chosen on validate, 5,000 examples that keep their labels with ``--labelled`` too, for all losses
+alike.
 """
 
 from __future__ import annotations

@@ -26,18 +26,22 @@ def evaluate(model: nn.Module, split: Split, how: Metric) -> float:
     each = scored(model, split, how)
     if each is not None:
         return float(each.mean())
-    parts = list(_outputs(model, split))
-    outputs, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
-    world = here()
-    outputs, targets = (
-        world.gathered(torch.from_numpy(part), len(split)).numpy() for part in (outputs, targets)
-    )
-    return value(how, outputs, targets)
+    return value(how, *_all(model, split))
+
+
+def _all(model: nn.Module, split: Split) -> tuple[Array, Array]:
+    """Outputs and targets of the whole split."""
+    world, parts = here(), zip(*_outputs(model, split), strict=True)
+    joined = (torch.from_numpy(np.concatenate(part)) for part in parts)
+    outputs, targets = (world.gathered(part, len(split)).numpy() for part in joined)
+    return outputs, targets
 
 
 def scored(model: nn.Module, split: Split, how: Metric) -> Scores | None:
     """The metric of each example of the split, shape ``(n,)``, where it has such; leaves the model
     in eval mode."""
+    if not how.apart:
+        return scores(how, *_all(model, split))
     found = [np.zeros(0)]
     for outputs, targets in _outputs(model, split):
         each = scores(how, outputs, targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -28,7 +28,7 @@ Fed = tuple[tuple[Tensor, ...], Tensor]
 
 def batches(
     split: Split, steps: Sequence[NDArray[np.intp]], *, workers: int, pin: bool
-) -> Iterator[Fed]:
+) -> Generator[Fed]:
     """``((input, ...), targets)`` for every step, in order, as tensors on the CPU.
 
     A step is an array of positions in the split, 0 to below its length, as :meth:`Split.take` has

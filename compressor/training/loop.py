@@ -45,6 +45,10 @@ LOOKS = 32
 KEPT = ("history", "best", "found", "spent")
 """What the loop itself keeps beside what training moves."""
 
+SAVED = 1.0
+"""Seconds that are lost at most when training is killed, beside the epoch that was under way: what
+the state of a small network costs to write is more than its epoch."""
+
 SHOWN = 1.0
 """Seconds between two looks at an epoch's progress."""
 
@@ -172,7 +176,8 @@ def fit(
                 )
 
         watch = open_.enter_context(watching(len(history)))
-        began = time.monotonic() - spent
+        written = time.monotonic()
+        began = written - spent
         for epoch in range(len(history) + 1, epochs + 1):
             if training.patience and epoch - 1 - found >= training.patience:
                 stopped = f"no better {name} in {training.patience} epochs"
@@ -183,6 +188,7 @@ def fit(
             steps = _steps(order.permutation(len(train)), training.batch_size, least)
             shares = [world.mine(at) for at in steps]
             fed = batches(train, shares, workers=workers, pin=device.type == "cuda")
+            open_.callback(fed.close)
             unseen: list[Tensor] = []
             total, seen = 0.0, 0
             started = shown = time.monotonic()
@@ -192,14 +198,15 @@ def fit(
                 last = step is window[-1]
                 part = len(batch.at) * world.size / sum(map(len, window))
                 with placed.quiet(last):
-                    with torch.autocast(device.type, half, enabled=half is not None):
+                    with torch.autocast(device.type, half) if half else nullcontext():
                         value = objective(net, batch)
-                    unseen.append(value.detach() * (len(batch.at) / len(step)))
+                    mean = value.detach()
+                    unseen.append(mean if world.size == 1 else mean * (len(share) / len(step)))
                     if len(unseen) == looks or step is steps[-1]:
                         first = number + 1 - len(unseen)
-                        for at, mean in enumerate(_looked(unseen, world), first):
-                            check("loss", mean, f"epoch {epoch}, step {at + 1}")
-                            total, seen = total + mean * len(steps[at]), seen + len(steps[at])
+                        for at, one in enumerate(_looked(unseen, world), first):
+                            check("loss", one, f"epoch {epoch}, step {at + 1}")
+                            total, seen = total + one * len(steps[at]), seen + len(steps[at])
                         unseen.clear()
                     if training.l1:
                         value = value + training.l1 * sum(one.abs().sum() for one in moved)
@@ -214,6 +221,7 @@ def fit(
                 scaler.step(optimiser)
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
+                rate = float(schedule.get_last_lr()[0])
                 schedule.step()
                 if average:
                     average.update()
@@ -222,22 +230,29 @@ def fit(
                     so_far = {"loss": total / seen, "examples_per_s": seen / (now - started)}
                     watch.shown({"epoch": done, **so_far}, epochs, now - began)
             trained = time.monotonic() - started
+            # NaN is a class like any other to an accuracy.
+            sound = all(bool(one.isfinite().all()) for one in moved)
+            check("weights", 0.0 if sound else math.nan, f"epoch {epoch}")
             with average.worn() if average else nullcontext():
                 reached = evaluate(placed.inner, splits.validate, how)
-                check(f"{name} on validate", reached, f"epoch {epoch}")
-                better = reached > best if how.higher_is_better else reached < best
-                if better:
-                    best, found = reached, epoch
-                if better or keep == "last":
-                    kept = placed.state()
+                judged = placed.state()
+            # Not while the average is worn: taking it off would undo what is put back.
+            check(f"{name} on validate", reached, f"epoch {epoch}")
+            better = reached > best if how.higher_is_better else reached < best
+            if better or math.isnan(best):
+                best, found, better = reached, epoch, True
+            if better or keep == "last":
+                kept = judged
             history.append({"epoch": epoch, "loss": total / seen, name: reached})
             history[-1] |= {
-                "rate": float(schedule.get_last_lr()[0]),
+                "rate": rate,
                 "seconds": round(trained, 3),
                 "examples_per_s": round(seen / trained, 1),
             }
             spent = time.monotonic() - began
-            if resume and world.leader and not training.shard:
+            due = time.monotonic() - written >= SAVED
+            if resume and due and world.leader and not training.shard:
+                written = time.monotonic()
                 stands = zip(KEPT, (history, best, found, spent), strict=True)
                 stand.write(*resume, kept, dict(stands))
             watch.wrote(epoch, history[-1])

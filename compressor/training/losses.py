@@ -84,9 +84,12 @@ def labelled(outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor
     The sum over those that have a label, divided by the number of all. ``smoothing`` of the label
     goes to all classes alike (Szegedy et al. 2016, section 7).
     """
+    labels = targets.long()
+    if targets.is_floating_point():
+        labels = labels.masked_fill(targets.isnan(), UNLABELLED)
     total = F.cross_entropy(
         outputs,
-        targets.long().masked_fill(missing(targets), UNLABELLED),
+        labels,
         ignore_index=UNLABELLED,
         reduction="sum",
         label_smoothing=smoothing,

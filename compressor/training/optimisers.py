@@ -56,12 +56,14 @@ def scheduled(optimiser: Optimizer, training: Training, steps: int) -> LRSchedul
     """The schedule over ``steps`` steps of the optimiser, its warm-up first."""
     steps = max(steps, 1)
     if training.schedule == "one-cycle":
+        # A cycle of one step would be its end alone, a 250,000th of the rate.
+        total, rise = max(steps, 2), float(training.warmup)
         return OneCycleLR(
             optimiser,
             training.learning_rate,
-            steps,
+            total,
             # A rise of exactly one step is a division by zero in PyTorch: begin at the top.
-            pct_start=0.0 if training.warmup * steps == 1 else training.warmup,
+            pct_start=0.0 if rise * total == 1 else rise,
             # Adam's first beta goes against the rate; a momentum that was asked for stays.
             cycle_momentum=training.optimizer in ("adam", "adamw"),
         )

@@ -264,7 +264,7 @@ def test_one_that_is_killed_is_a_clear_line(stopped: tuple[Path, list[Ended]]) -
     killed = stopped[1][0]
     assert killed.code != 0
     (line,) = killed.errors
-    assert "another process of this run is gone" in line
+    assert "the same command goes on" in line
     assert "report: " not in killed.out
 
 

@@ -13,3 +13,10 @@ def _one_thread() -> Iterator[None]:
 
     with one_thread():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _every_epoch_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compressor.training import loop
+
+    monkeypatch.setattr(loop, "SAVED", 0.0)
