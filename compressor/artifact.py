@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,22 +122,106 @@ def digest(*paths: Path) -> str:
     return total.hexdigest()
 
 
+def copy(artifact: Artifact, path: Path) -> None:
+    """Copies the file to ``path``, companions beside it under their own names, and compares the
+    digest. Raises :class:`StageError` where it is another, and leaves what was there before."""
+    into = [path, *(path.with_name(companion.name) for companion in artifact.companions)]
+    with ExitStack() as open_:
+        # Closed in reverse: the file that names its companions comes last.
+        parts = [open_.enter_context(replacing(place)) for place in into]
+        for part, file in zip(parts, (artifact.path, *artifact.companions), strict=True):
+            shutil.copyfile(file, part)
+        if digest(*parts) != artifact.digest:
+            raise StageError(f"{artifact.path} changed since it was made; run again with --fresh")
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """A path beside ``path`` to write to; synced and renamed over ``path`` when all went well.
 
-    A reader sees the old file or the new one, never a part. On an error nothing is left behind.
+    A reader sees the old file or the new one, never a part, and so it is after a power cut.
+    ``check`` gets the new file before it takes the old one's place, and stops that by raising.
+    On an error nothing is left behind.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    beside = part_of(path)
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        # Some writers make files that only their owner can read: follow the umask instead.
-        beside.chmod(0o666 & ~_umask())
+        _settled(beside)
+        if check is not None:
+            check(beside)
         beside.replace(path)
+        synced(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def together(folder: Path) -> Iterator[Path]:
+    """A folder to write files to that belong together; they move into ``folder`` as one.
+
+    All of them are on the disk before the first moves. A process that is killed in the middle of
+    moving leaves the rest to whoever calls :func:`settle`, as all readers of ours do: they see all
+    old files or all new ones. On an error nothing has changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settle(folder)
+    beside = part_of(folder / READY)
+    beside.mkdir()
+    try:
+        yield beside
+        for file in beside.iterdir():
+            _settled(file)
+        synced(beside)
+        beside.replace(folder / READY)
+        synced(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    settle(folder)
+
+
+def settle(folder: Path) -> None:
+    """Moves what a process that was killed had written with :func:`together`, where there is any.
+
+    JSON comes last, as it says what the other files are.
+    """
+    ready = folder / READY
+    if not ready.is_dir():
+        return
+    for file in sorted(ready.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+        with suppress(FileNotFoundError):  # another process was faster
+            file.replace(folder / file.name)
+    synced(folder)
+    with suppress(OSError):
+        ready.rmdir()
+
+
+READY = ".together.ready"
+"""The folder of files that are complete, and about to move up."""
+
+PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+"""Names of what is being written; a process that was killed leaves them behind."""
+
+
+def part_of(path: Path) -> Path:
+    """A new name beside ``path``, a :data:`PART`, for what is to become or was ``path``."""
+    return path.with_name(f".{path.name.removeprefix('.')}.{secrets.token_hex(4)}.part")
+
+
+def synced(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # a folder cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _settled(file: Path) -> None:
+    synced(file)
+    # Some writers make files that only their owner can read: follow the umask instead.
+    file.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:
@@ -145,5 +232,10 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text so that a reader sees all of it or the old file."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+
+    def check(file: Path) -> None:
+        if file.read_bytes() != text.encode():
+            raise OSError(errno.EIO, "what was written does not read the same", str(path))
+
+    with replacing(path, check) as beside:
+        beside.write_bytes(text.encode())

@@ -52,6 +52,13 @@ Threads = Annotated[
     str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
 ]
 BenchTime = Annotated[str, typer.Option(help="quick | normal | full")]
+TrustPickle = Annotated[
+    bool,
+    typer.Option("--trust-pickle", help="let a pickled MODEL execute the code that it carries"),
+]
+Weights = Annotated[
+    str | None, typer.Option(help="key of a checkpoint's weights, such as ema (default: its own)")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="start over in a folder in use")]
 Debug = Annotated[bool, typer.Option("--debug", help="tracebacks")]
 
@@ -118,6 +125,8 @@ def run(
         list[str] | None,
         typer.Option(help=f"of training (repeatable): {', '.join(LOGS)}"),
     ] = None,
+    weights: Weights = None,
+    trust_pickle: TrustPickle = False,
     robustness: Annotated[
         bool, typer.Option("--robustness", help="judge under noise, blur and attacks, too")
     ] = False,
@@ -178,6 +187,8 @@ def run(
                 folds=folds,
                 train=settings,
                 log=log or (),
+                weights=weights,
+                trust_pickle=trust_pickle,
                 robustness=robustness,
                 processes=processes,
                 max_drop=max_drop,
@@ -357,6 +368,8 @@ def inspect(
         bool, typer.Option("--sensitivity", help="what zeroing a part of each group alone costs")
     ] = False,
     attention: Annotated[str, typer.Option(help="what is cut: heads | dimensions")] = "heads",
+    weights: Weights = None,
+    trust_pickle: TrustPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
     out: Annotated[
         Path | None,
@@ -375,6 +388,8 @@ def inspect(
                 arch=arch,
                 attention=attention,  # type: ignore[arg-type]  # it says what it takes
                 sensitivity=sensitivity,
+                weights=weights,
+                trust_pickle=trust_pickle,
                 out=out,
                 progress=shown,
             )

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.artifact import digest, replacing, write_text
+from compressor.artifact import replacing, write_text
 from compressor.data import SOURCES
 from compressor.errors import InputError, StageError, one_line
-from compressor.loading import checkpoint, torchfile
+from compressor.loading import checkpoint, embedded, formats, hub, pickled, torchfile
 from compressor.loading import task as tasks
 from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
@@ -74,6 +74,8 @@ def inspect(
     arch: Any = None,
     attention: Literal["heads", "dimensions"] = "heads",
     sensitivity: bool = False,
+    weights: str | None = None,
+    trust_pickle: bool = False,
     out: str | Path | None = None,
     progress: Progress = lambda done, total, text: None,
 ) -> Inspection:
@@ -94,7 +96,7 @@ def inspect(
         raise InputError(f"--out {out}: only --sensitivity writes files")
     steps = 3 if sensitivity else 2
     progress(0, steps, "loading")
-    task = tasks(model, data=data, arch=arch)
+    task = tasks(model, data=data, arch=arch, weights=weights, trusted=trust_pickle)
     dense = task.model()
     about = _about(model, dense, task, arch, data)
     folder = Path(out) if out is not None else Path("reports") / f"{task.name}-sensitivity"
@@ -137,6 +139,8 @@ def _about(
     factory = task.source["factory"]
     live = isinstance(model, nn.Module)
     executed = []
+    if task.source["factory"].startswith(formats.PICKLED):
+        executed += [f"{name} (--trust-pickle)" for name in pickled.classes(Path(str(model)))]
     if arch is not None:
         executed.append(f"{arch if isinstance(arch, str) else factory} (--arch)")
     if isinstance(data, str) and data.partition("?")[0].partition(":")[0] not in SOURCES:
@@ -144,10 +148,10 @@ def _about(
     return {
         "name": task.name,
         "file": None if isinstance(model, nn.Module) else Path(model).name,
-        "format": "live module" if isinstance(model, nn.Module) else _format(Path(model)),
+        "format": "live module" if live else _format(str(model), task),
         "sha256": state_digest(dense.state_dict())
         if isinstance(model, nn.Module)
-        else digest(Path(model)),
+        else formats.file_digest(model) or state_digest(dense.state_dict()),
         "factory": None if live else factory,
         "executes": executed,
         "kind": task.kind,
@@ -156,8 +160,19 @@ def _about(
     }
 
 
-def _format(path: Path) -> str:
-    """The form of a file that was loaded before."""
+def _format(model: str, task: Task) -> str:
+    """The form of what was loaded before."""
+    path, factory = Path(model), task.source["factory"]
+    if model.partition(":")[0] in hub.PACKAGES:
+        return f"{model.partition(':')[0]}, by its name"
+    if path.is_dir():
+        return "model folder, built by transformers"
+    if path.suffix == ".pt2":
+        return "exported program, rebuilt from its graph"
+    if factory == embedded.FACTORY and path.suffix != torchfile.SUFFIX:
+        return "pickled module of PyTorch's own layers, rebuilt"
+    if factory.startswith(formats.PICKLED):
+        return "pickled module, executed because it was trusted"
     if path.suffix == torchfile.SUFFIX:
         found = torchfile.header(path)
         if found is None:

@@ -1,15 +1,16 @@
 """What a user hands in, as the four splits: built-in sources, files, functions, live objects.
 
 A spec is ``NAME[:LOCATION][?key=value&key=value]``: ``digits``, ``digits?size=32``,
-``mnist:DIR?train=10000``, ``images:DIR?size=224``, ``arrays:FILE.npz``; or a function of the user's
-own that is called without arguments: ``PKG.MOD:FUNCTION``, ``./file.py:function``.
+``mnist:DIR?train=10000``, ``images:DIR?size=224``, ``arrays:FILE.npz``,
+``table:FILE.csv?target=COLUMN``; or a function of the user's own that is called without arguments:
+``PKG.MOD:FUNCTION``, ``./file.py:function``. In the value of an option ``%26`` stands for ``&``.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, get_type_hints
@@ -31,6 +32,11 @@ SOURCES = {
     "mnist": "idx:mnist",
     "arrays": "arrays:arrays",
     "images": "folder:images",
+    "cifar10": "cifar:cifar10",
+    "cifar100": "cifar:cifar100",
+    "table": "tables:table",
+    "text": "text:text",
+    "dataset": "datasets:dataset",
 }
 """Name of a source, and the module of this package and the function that read it.
 
@@ -54,6 +60,7 @@ def read(spec: str, seed: int = 0, *, trusted: bool = True) -> Data:
             source = _source(name)
             options = _options(source, query) if asked else {}
             place = _place(source, name, location if colon else None)
+            _complete(source, options)
             return replace(source(*place, seed, **options), name=spec)
         if not colon:
             raise InputError(f"no such source; use {', '.join(SOURCES)} or PKG.MOD:FUNCTION")
@@ -107,6 +114,7 @@ def _options(source: Callable[..., Data], query: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in query.split("&"):
         key, _, value = item.partition("=")
+        value = value.replace("%26", "&")
         if key not in known:
             raise InputError(f"unknown option {key!r}; known: {', '.join(known) or 'none'}")
         if key in options:
@@ -116,3 +124,11 @@ def _options(source: Callable[..., Data], query: str) -> dict[str, Any]:
         except ValidationError as error:
             raise InputError(f"option {key}={value!r}: {error.errors()[0]['msg']}") from None
     return options
+
+
+def _complete(source: Callable[..., Data], options: Mapping[str, Any]) -> None:
+    """Refuses a spec that leaves out an option without a default."""
+    for parameter in inspect.signature(source).parameters.values():
+        keyword = parameter.kind is parameter.KEYWORD_ONLY
+        if keyword and parameter.default is parameter.empty and parameter.name not in options:
+            raise InputError(f"option {parameter.name} is missing: add ?{parameter.name}=...")

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from compressor.data.images import enlarged
 from compressor.data.live import Data, checked
-from compressor.data.splitting import completed, partly
+from compressor.data.splitting import completed, fewer, partly
 from compressor.errors import InputError, one_line
 from compressor.task import Array, Batch, Split
 
@@ -52,10 +52,7 @@ def mnist(
     test, _ = _pair(folder, "t10k", size)
     splits = completed(learn, seed, labels=labels, test=test)
     if train is not None:
-        if train > len(splits.train):
-            raise InputError(f"option train={train}: there are only {len(splits.train)} examples")
-        some = splits.train.take(np.arange(train))  # which is in random order already
-        splits = completed(some, seed, validate=splits.validate, test=splits.test)
+        splits = fewer(splits, train, seed)
     splits = partly(checked(splits), labels, labelled, seed)
     return Data("mnist", splits, "classification", int(labels.max()) + 1)
 

@@ -61,6 +61,7 @@ class Data:
     kind: Kind | None = None
     outputs: int | None = None
     labelled: bool = True
+    columns: tuple[str, ...] = ()
 
 
 def adopt(given: object, seed: int = 0, name: str = "live") -> Data:

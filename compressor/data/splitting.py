@@ -71,6 +71,17 @@ def cut(
     return split.take(rest), split.take(taken)
 
 
+def fewer(splits: Splits, count: int, seed: int) -> Splits:
+    """The same, where ``train`` keeps ``count`` of its examples; ``calibrate`` is of those.
+
+    Raises :class:`InputError` where there are not so many.
+    """
+    if count > len(splits.train):
+        raise InputError(f"option train={count}: there are only {len(splits.train)} examples")
+    some = splits.train.take(np.arange(count))  # which is in random order already
+    return completed(some, seed, validate=splits.validate, test=splits.test)
+
+
 def refetched(splits: Splits, source: Split) -> Splits:
     """The same positions, read from ``source``: for arrays that were changed after the cut."""
     return Splits(

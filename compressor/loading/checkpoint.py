@@ -41,7 +41,10 @@ LARGEST_EXAMPLE = 1 << 28
 
 @dataclass(frozen=True)
 class Described:
-    """What a file says of itself; everything but ``state`` may be missing."""
+    """What a file says of itself; everything but ``state`` may be missing.
+
+    ``usual`` inputs are those that such a model is mostly given: data of other shapes is as good.
+    """
 
     state: State
     source: Mapping[str, Any] | None = None
@@ -49,6 +52,7 @@ class Described:
     kind: Kind | None = None
     data: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    usual: tuple[Input, ...] = ()
 
 
 def save(
@@ -146,15 +150,16 @@ def _high(example: Any) -> int:
     return max(int(example.max()) + 1, 1) if whole and math.prod(example.shape) else 2
 
 
-def read(path: Path) -> Described:
+def read(path: Path, weights: str | None = None) -> Described:
     """Reads ``path`` without executing anything in it.
+
+    ``weights`` is the key of the weights in a checkpoint that has several, such as ``ema``; by
+    default one of :data:`WRAPPERS`.
 
     Raises :class:`InputError`, one line that says what to do, for everything that is not a
     self-describing model, a state dict or a checkpoint that holds one.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {what}: give a model file such as model.pt")
+    there(path)
     if path.suffix == torchfile.SUFFIX:
         return Described(_safetensors(path))
     with warnings.catch_warnings(action="ignore"):  # what PyTorch thinks of a foreign file
@@ -166,7 +171,12 @@ def read(path: Path) -> Described:
     _check_memory(path, given)
     if given.get("format") == FORMAT:
         return _own(path, given)
-    for key in WRAPPERS:
+    if weights is not None and not isinstance(given.get(weights), dict):
+        kept = [str(key) for key, value in given.items() if isinstance(value, dict)]
+        raise InputError(
+            f"{path} has no weights under --weights {weights!r}: it has {', '.join(kept) or 'none'}"
+        )
+    for key in WRAPPERS if weights is None else (weights,):
         if isinstance(given.get(key), dict):
             given = given[key]
             break
@@ -179,6 +189,13 @@ def read(path: Path) -> Described:
         )
     prefix = "module." if all(str(key).startswith("module.") for key in given) else ""
     return Described({str(key).removeprefix(prefix): value for key, value in given.items()})
+
+
+def there(path: Path) -> None:
+    """Raises :class:`InputError` where ``path`` is no file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}: give a model file such as model.pt")
 
 
 def _check_memory(path: Path, given: Mapping[Any, Any]) -> None:
@@ -208,8 +225,11 @@ def _unpickled(path: Path) -> Any:
         start = file.read(2)
     if start[:1] != b"\x80" and start != b"PK":
         raise InputError(f"{path} is not a PyTorch checkpoint: {advice}")
-    if start == b"PK" and _is_program(path):
-        raise InputError(f"{path} is a TorchScript or exported program: {advice}")
+    if start == b"PK" and entries(path, "/code/"):
+        raise InputError(
+            f"{path} is a TorchScript program, which is code: add --trust-pickle if you trust it, "
+            f"or {advice}"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -217,21 +237,24 @@ def _unpickled(path: Path) -> Any:
         if classes:
             raise InputError(
                 f"{path} pickles classes ({', '.join(classes[:4])}), which could run code when "
-                f"loaded: {advice}"
+                f"loaded: add --trust-pickle if you trust it, or {advice}"
             ) from None
         raise InputError(
             f"{path} is not a PyTorch checkpoint ({one_line(error, 80)}): {advice}"
         ) from None
 
 
-def _is_program(path: Path) -> bool:
-    """Whether the archive carries code or a graph (TorchScript, ``torch.export``)."""
+GRAPH = "models/model.json"
+"""In the name of an entry of what ``torch.export`` saves; ``/code/`` in those of TorchScript."""
+
+
+def entries(path: Path, part: str) -> bool:
+    """Whether ``path`` is an archive with ``part`` in the name of an entry."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            return any(part in name for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        return False  # a damaged file: loading it will say so
-    return any("/code/" in name or name.endswith("models/model.json") for name in names)
+        return False  # no archive, or a damaged one: loading it will say so
 
 
 def _foreign(path: Path) -> list[str]:

@@ -99,12 +99,12 @@ DTYPES = {
 """What tensors may be of: neither quantized, which has scales beside, nor experimental."""
 
 
-def read(path: Path) -> Described:
+def read(path: Path, weights: str | None = None) -> Described:
     """What :func:`compressor.loading.checkpoint.read` says of ``path``, read by a child.
 
     Raises :class:`InputError`, one line, for all that it refuses and that the guard stops.
     """
-    said, state = guarded("checkpoint", path)
+    said, state = guarded("checkpoint", path, weights=weights)
     try:
         kind, data, source = said["kind"], said["data"], said["source"]
         if kind not in (None, *get_args(Kind)) or not isinstance(data, str | None):
@@ -138,9 +138,15 @@ def _inputs(said: Mapping[str, Any]) -> tuple[Input, ...]:
 
 
 def guarded(
-    reader: str, path: Path, *, seconds: float | None = None, memory: int | None = None
+    reader: str,
+    path: Path,
+    *,
+    seconds: float | None = None,
+    memory: int | None = None,
+    **options: str | None,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What ``READERS[reader]`` reads from ``path``: plain JSON values, and tensors by their names.
+    """What ``READERS[reader]`` reads from ``path``, with these ``options``: plain JSON values, and
+    tensors by their names.
 
     ``seconds`` is the time that the child has, of wall clock and of CPU; ``memory`` are the bytes
     that it may take, and those of its result. Both grow with the file where they are ``None``.
@@ -158,6 +164,7 @@ def guarded(
     request = {
         "reader": READERS[reader],
         "path": str(full),
+        "options": options,
         "seconds": seconds,
         "memory": memory,
     }
@@ -487,7 +494,7 @@ def _reading(request: Mapping[str, Any], descriptor: int) -> int:
     """Runs the reader and writes what it gives, or why it gives nothing; the exit code."""
     path = Path(request["path"])
     try:
-        said, state = _found(request["reader"])(path)
+        said, state = _found(request["reader"])(path, **request["options"])
         _write(descriptor, path, said, state)
     except BaseException as error:
         if _full(error):
@@ -576,12 +583,12 @@ def _put(descriptor: int, data: Any) -> None:
         left = left[os.write(descriptor, left) :]  # one call writes 2 GB at most
 
 
-def _checkpoint(path: Path) -> Said:
+def _checkpoint(path: Path, weights: str | None = None) -> Said:
     from torch.utils.serialization import config
 
     # Mapped, the file is copied once, into the result: 100 MB in two thirds of the time.
     with config.patch("load.mmap", _stored(path)):  # type: ignore[attr-defined]
-        found = checkpoint.read(path)
+        found = checkpoint.read(path, weights)
     return {
         "source": found.source,
         "inputs": [asdict(given) for given in found.inputs],

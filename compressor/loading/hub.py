@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compressor.data.tokens import (
+    CONFIG,
+    LARGEST,
+    LENGTH,
+    WEIGHTS,
+    inputs_of,
+    read_config,
+    read_json,
+    read_object,
+    tokens_at_most,
+)
+from compressor.data.tokens import tokens as tokens
 from compressor.errors import InputError, one_line
 from compressor.loading import checkpoint, torchfile
 from compressor.loading.sketch import CALLS, _Bounded
@@ -32,24 +41,7 @@ from compressor.task import Input, Kind, unseen
 FACTORY = "compressor.hub"
 """The factory in the source of a model that :func:`build` builds."""
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
-
-LENGTH = 128
-"""Tokens of an example where nobody asks for another number."""
-
-SHIFTED = re.compile(
-    r"(xlm-)?roberta(-xl|-prelayernorm)?|camembert|mpnet|longformer|data2vec-text|xmod"
-)
-"""Model types that count positions from behind the padding token's id: that many fewer tokens."""
-
-LARGEST = 1 << 20
-"""Largest integer in a config.json: labels are listed in memory before anything can be compared."""
-
-LONGEST = 1 << 24
-"""Bytes of a config.json; 21,000 named labels take 1 MiB."""
 
 PRETRAINING = re.compile(r"(ForMaskedLM|ForPreTraining)$")
 """Architectures of which the body is taken: their head was for pretraining."""
@@ -121,7 +113,7 @@ def folder(
     models of other tasks, code, pickles, and weights that are missing or left over.
     """
     path = Path(path)
-    config = _config(path)
+    config = read_config(path)
     head = _has_head(config, path)
     pooling, normalize = (None, False) if head else _pooling(path)
     state = _weights(path)
@@ -130,8 +122,10 @@ def folder(
     with _quiet():
         loaded = _loaded(arguments, model, state, path)
     torchfile.load_state(model, loaded.state_dict(), path).eval()
-    length = min(LENGTH, _limit(path, config))
-    inputs = tuple(Input(name, (length,), "int64", high) for name, high in _inputs(config).items())
+    length = min(LENGTH, tokens_at_most(path, config))
+    inputs = tuple(
+        Input(name, (length,), "int64", high) for name, high in inputs_of(config).items()
+    )
     kind = KINDS.get(str(config.get("problem_type"))) if head else "regression"
     return model, {"factory": FACTORY, "arguments": arguments}, inputs, kind
 
@@ -193,68 +187,7 @@ def named(
     )
 
 
-def tokens(
-    path: str | Path, texts: Sequence[str] | Sequence[tuple[str, str]], length: int | None = None
-) -> tuple[NDArray[np.int64], ...]:
-    """What the model of a folder takes for these texts or pairs: int64 ``(texts, length)`` each.
-
-    In the order of :func:`folder`'s inputs, padded and cut to ``length`` tokens with the folder's
-    own ``tokenizer.json``; ``length`` is by default 128 or as many as the model takes. Raises
-    :class:`InputError` where the tokenizer is missing or broken, or is not the model's.
-    """
-    path = Path(path)
-    config = _config(path)
-    limit = _limit(path, config)
-    length = min(LENGTH, limit) if length is None else length
-    tokenizer = _tokenizer(path)
-    least = tokenizer.num_special_tokens_to_add(True) + 1
-    if not least <= length <= limit:
-        raise InputError(f"texts of {length} tokens: {path} takes from {least} to {limit}")
-    tokenizer.enable_truncation(max_length=length)
-    tokenizer.enable_padding(**_padding(tokenizer, path, config), length=length)
-    names = tuple(_inputs(config))
-    found = {name: np.empty((len(texts), length), np.int64) for name in names}
-    fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    for start in range(0, len(texts), 1024):  # an encoding holds much more than its numbers
-        encoded = tokenizer.encode_batch(list(texts[start : start + 1024]))
-        for name in names:
-            found[name][start : start + 1024] = [getattr(at, fields[name]) for at in encoded]
-    for name, high in _inputs(config).items():
-        most = int(found[name].max(initial=0))
-        if most >= high:
-            raise InputError(
-                f"the tokenizer of {path} gives {name} up to {most}, the model knows {high}: they "
-                "are not of one model"
-            )
-    return tuple(found.values())
-
-
 # --- what lies in a folder
-
-
-def _json(path: Path) -> Any:
-    if path.stat().st_size > LONGEST:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes: it cannot be meant")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON: {one_line(error, 100)}") from None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
-    found = _json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__}: it must be a JSON object")
-    return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise InputError(f"{path} is no folder: give one with {CONFIG} and {WEIGHTS}")
-    if not (path / CONFIG).is_file():
-        raise InputError(f"{path} has no {CONFIG}: give a folder that save_pretrained wrote")
-    return _object(path / CONFIG)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -278,13 +211,13 @@ def _has_head(config: Mapping[str, Any], path: Path) -> bool:
 def _pooling(path: Path) -> tuple[str, bool]:
     """How sentence-transformers pools, and whether it normalises."""
     pooling, normalize = "mean", False
-    listed = _json(path / "modules.json") if (path / "modules.json").is_file() else []
+    listed = read_json(path / "modules.json") if (path / "modules.json").is_file() else []
     try:
         for entry in listed:
             kind, place = str(entry["type"]).rpartition(".")[2], str(entry["path"])
             if kind == "Pooling":
                 _inside(place, path / "modules.json")
-                pooling = _mode(_object(path / place / CONFIG), path)
+                pooling = _mode(read_object(path / place / CONFIG), path)
             elif kind not in ("Transformer", "Normalize"):
                 raise InputError(
                     f"{path}: modules.json has a {kind:.40}; known are Transformer, Pooling and "
@@ -324,7 +257,7 @@ def _weights(path: Path) -> State:
                 "where you trust it and write it again with save_pretrained"
             )
         raise InputError(f"{path} has no {WEIGHTS}: give a folder that save_pretrained wrote")
-    shards = _object(path / INDEX).get("weight_map")
+    shards = read_object(path / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{path / INDEX} has no weight_map: save the model again")
     state: dict[str, Tensor] = {}
@@ -335,60 +268,6 @@ def _weights(path: Path) -> State:
             raise InputError(f"{path / INDEX} names {shard:.80}: only .safetensors are read")
         state.update(checkpoint.read(path / shard).state)
     return state
-
-
-def _limit(path: Path, config: Mapping[str, Any]) -> int:
-    """Most tokens that the model takes, of all that the folder says about it."""
-    positions, pad = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
-    if SHIFTED.fullmatch(str(config.get("model_type"))) and type(positions) is type(pad) is int:
-        positions -= pad + 1
-    said = (
-        positions,
-        config.get("n_positions"),
-        _object(path / "tokenizer_config.json").get("model_max_length"),
-        _object(path / "sentence_bert_config.json").get("max_seq_length"),
-    )
-    return min((most for most in said if type(most) is int and most > 0), default=LARGEST)
-
-
-def _inputs(config: Mapping[str, Any]) -> dict[str, int]:
-    """The model's inputs by name, and how many values each has."""
-    types = config.get("type_vocab_size")
-    found = {"input_ids": config.get("vocab_size"), "attention_mask": 2}
-    if type(types) is int and types > 1:
-        found["token_type_ids"] = types
-    if not all(type(high) is int and 1 < high <= LARGEST for high in found.values()):
-        raise InputError(
-            f"config.json has the vocab_size {found['input_ids']!r:.40}: no text model"
-        )
-    return {name: int(high) for name, high in found.items() if high}
-
-
-def _tokenizer(path: Path) -> Any:
-    if not (path / TOKENIZER).is_file():
-        raise InputError(
-            f"{path} has no {TOKENIZER}: write one with AutoTokenizer.from_pretrained(DIR)"
-            ".save_pretrained(DIR)"
-        )
-    package = _package("tokenizers")
-    try:
-        return package.Tokenizer.from_file(str(path / TOKENIZER))
-    except Exception as error:
-        raise InputError(f"{path / TOKENIZER} cannot be read: {one_line(error, 120)}") from None
-
-
-def _padding(tokenizer: Any, path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the tokenizer pads: as it was saved, or with the token that the folder names."""
-    if tokenizer.padding:
-        kept = ("direction", "pad_id", "pad_type_id", "pad_token")
-        return {key: tokenizer.padding[key] for key in kept}
-    token = _object(path / "tokenizer_config.json").get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    number = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    number = config.get("pad_token_id") if number is None else number
-    if type(number) is not int or number < 0:
-        raise InputError(f"{path} names no token to pad with: add pad_token_id to its {CONFIG}")
-    return {"pad_id": number}
 
 
 # --- transformers
@@ -465,7 +344,7 @@ def _sketch(arguments: Mapping[str, Any], state: State, where: str) -> Text:
             f"{where}: transformers cannot build the model of config.json: "
             f"{type(error).__name__}: {one_line(error, 120)}"
         ) from None
-    wanted = set(_inputs(arguments["config"]))
+    wanted = set(inputs_of(arguments["config"]))
     if not wanted <= set(inspect.signature(body.forward).parameters):
         raise InputError(f"{where}: a {kind.__name__} does not take {', '.join(sorted(wanted))}")
     _keep_buffers(body)

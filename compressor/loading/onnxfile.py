@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,7 @@ from compressor.loading.checkpoint import LARGEST_EXAMPLE
 from compressor.task import Input
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, TensorProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 SUFFIX = ".onnx"
 
@@ -37,6 +38,22 @@ LOOKUPS = {"Gather", "GatherBlockQuantized"}
 
 STORED = {"Cast", "DequantizeLinear", "Identity"}
 """Operators after which a table still has its rows."""
+
+DOMAINS = {
+    *("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training"),
+    *("com.microsoft", "com.microsoft.nchwc"),
+}
+"""Whose operators ONNX or onnxruntime defines; what others do, no file can say."""
+
+NESTING = 16
+"""Graphs within graphs (branches, loop bodies), and functions that call functions."""
+
+NODES = 1_000_000
+"""That a graph may have once its functions are written out: two calls of the next in each of a few
+dozen functions are more than any memory holds."""
+
+BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+"""Of the types that share bytes."""
 
 
 class Slot(NamedTuple):
@@ -66,20 +83,29 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What :func:`read` found. ``params`` are the elements of all initializers: weights, but also
-    folded constants and the scales of quantized ones."""
+    """What :func:`read` found. ``last`` is the operator that the first output comes from;
+    ``listed`` says that constants stand among the inputs, as they had to in old files."""
 
     path: Path
     slots: tuple[Slot, ...]
     companions: tuple[Path, ...]
-    params: int
+    last: str = ""
+    listed: bool = False
+
+    @property
+    def batch(self) -> int | None:
+        """The only batch size that the file takes; ``None`` where the axis is open."""
+        firsts = (slot.axes[0] for slot in self.slots if slot.axes)
+        return next((size for size in firsts if isinstance(size, int)), None)
 
 
-def read(path: Path) -> OnnxFile:
+def read(path: Path, domains: Collection[str] = ()) -> OnnxFile:
     """What the ONNX file at ``path`` says of itself.
 
-    Raises :class:`InputError`, one line, for what is no ONNX file, and for external data that lies
-    outside its folder, is a link, is missing or is too short.
+    Raises :class:`InputError`, one line, for what is no ONNX file; for external data that lies
+    outside its folder, is a link of either kind, is missing or is too short; for tensors whose size
+    is not that of their shape; for operators of a domain that is neither in :data:`DOMAINS` nor one
+    of ``domains``; for graphs nested too deep and for functions that call themselves.
     """
     import onnx
 
@@ -99,11 +125,13 @@ def read(path: Path) -> OnnxFile:
     given = [value for value in graph.input if value.name not in held]
     if not given:
         raise InputError(f"{path} takes no inputs: there is nothing to measure it with")
+    _check_operators(path, model, {*DOMAINS, *domains})
     return OnnxFile(
         path,
         tuple(_slot(path, value, graph) for value in given),
         _companions(path, model),
-        sum(math.prod(tensor.dims) for tensor in graph.initializer),
+        _last(graph),
+        len(given) < len(graph.input),
     )
 
 
@@ -231,13 +259,69 @@ def _rows(graph: GraphProto, value: ValueInfoProto) -> int:
     return int(min(found, default=2))
 
 
+def _last(graph: GraphProto) -> str:
+    makers = {name: node for node in graph.node for name in node.output}
+    name = graph.output[0].name
+    while name in makers and makers[name].op_type in KEEPING and makers[name].input:
+        name = makers.pop(name).input[0]
+    return makers[name].op_type if name in makers else ""
+
+
+def _check_operators(path: Path, model: ModelProto, domains: Collection[str]) -> None:
+    """Domains, nesting and functions; see :func:`read`."""
+    calls = {
+        (one.domain, one.name): Counter((node.domain, node.op_type) for node in _nodes(path, one))
+        for one in model.functions
+    }
+    whole = Counter((node.domain, node.op_type) for node in _nodes(path, model.graph))
+    for held in (whole, *calls.values()):
+        for domain, name in held:
+            if domain not in domains and (domain, name) not in calls:
+                raise InputError(
+                    f"{path}: operator {name!r:.60} of domain {domain!r:.60} is neither ONNX's nor "
+                    f"onnxruntime's: add --domain {domain:.60} if your onnxruntime has it"
+                )
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(held: Counter[tuple[str, str]], depth: int = 0) -> int:
+        if depth > NESTING:
+            raise InputError(
+                f"{path}: its functions call themselves, or each other more than {NESTING} deep: "
+                "export it again"
+            )
+        for key in held.keys() & calls.keys() - sizes.keys():
+            sizes[key] = size(calls[key], depth + 1)
+        return sum(count * sizes.get(key, 1) for key, count in held.items())
+
+    if (total := size(whole)) > NODES:
+        raise InputError(
+            f"{path}: its functions written out are {total:.1e} nodes: that cannot be meant"
+        )
+
+
+def _nodes(path: Path, graph: Any, depth: int = 0) -> Iterator[NodeProto]:
+    """The nodes of a graph or function, and of all graphs in them."""
+    if depth > NESTING:
+        raise InputError(
+            f"{path}: its graphs lie more than {NESTING} deep in each other: export it again"
+        )
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            inner = [attribute.g] if attribute.HasField("g") else attribute.graphs
+            for body in inner:
+                yield from _nodes(path, body, depth + 1)
+
+
 def _companions(path: Path, model: Any) -> tuple[Path, ...]:
-    """The files that hold external data, each checked."""
+    """The files that hold external data, each checked; other tensors are looked at, too."""
     from onnx.external_data_helper import uses_external_data
 
     ends: dict[str, int] = {}
     for tensor in _tensors(model):
-        if uses_external_data(tensor):
+        if not uses_external_data(tensor):
+            _check_size(path, tensor)
+        else:
             said = {entry.key: entry.value for entry in tensor.external_data}
             location = said.get("location", "")
             ends[location] = max(ends.get(location, 0), _end(path, tensor, said))
@@ -257,18 +341,57 @@ def _tensors(message: Any) -> Iterator[TensorProto]:
                     yield from _tensors(one)
 
 
-def _end(path: Path, tensor: TensorProto, said: Mapping[str, str]) -> int:
-    """Where a tensor ends in its file."""
-    from onnx import helper
+def _bytes(tensor: TensorProto) -> int:
+    """Of a tensor's numbers, by its shape and type; ``ValueError`` for what has neither."""
+    from onnx import TensorProto, helper
+
+    if any(size < 0 for size in tensor.dims):
+        raise ValueError(tensor.dims)
+    item = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    bits = BITS.get(TensorProto.DataType.Name(tensor.data_type), item)
+    return -(-math.prod(tensor.dims) * int(bits) // 8)
+
+
+TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+"""Fields of a tensor that hold a number in each entry: of complex ones half, of the small ones of
+:data:`BITS` several."""
+
+
+def _check_size(path: Path, tensor: TensorProto) -> None:
+    """Raises :class:`InputError` where a tensor in the file does not hold what its shape says."""
+    from onnx import TensorProto
 
     try:
-        start = int(said.get("offset", 0))
-        whole = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        whole, count = _bytes(tensor), math.prod(tensor.dims)
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path}: {tensor.name!r:.60} has no shape or type: export it again"
+        ) from None
+    entries = max(len(getattr(tensor, field)) for field in TYPED)
+    each = 8 // BITS.get(TensorProto.DataType.Name(tensor.data_type), 8)
+    fits = len(tensor.raw_data) == whole if tensor.raw_data else count <= each * entries
+    if not fits:
+        raise InputError(
+            f"{path}: {tensor.name!r:.60} has {len(tensor.raw_data) or entries:,} "
+            f"{'bytes' if tensor.raw_data else 'numbers'}, its shape asks for "
+            f"{whole if tensor.raw_data else count:,}: export it again"
+        )
+
+
+def _end(path: Path, tensor: TensorProto, said: Mapping[str, str]) -> int:
+    """Where a tensor ends in its file."""
+    try:
+        whole, start = _bytes(tensor), int(said.get("offset", 0))
         length = int(said.get("length", whole))
     except (KeyError, TypeError, ValueError):
-        start = length = -1
+        whole = start = length = -1
     if start < 0 or length < 0:
         raise InputError(f"{path}: the place of {tensor.name!r:.60} is broken: export it again")
+    if length != whole:
+        raise InputError(
+            f"{path}: {tensor.name!r:.60} has {length:,} bytes of external data, its shape asks "
+            f"for {whole:,}: export it again"
+        )
     return start + length
 
 
@@ -288,6 +411,10 @@ def _companion(path: Path, location: str, end: int) -> Path:
             )
     if not file.is_file():
         raise InputError(f"{path}: its weights {location!r:.80} are missing: put them beside it")
+    if file.stat().st_nlink > 1:  # a file of somebody else's under another name
+        raise InputError(
+            f"{path}: its weights {location!r:.80} are a hard link: copy the file there"
+        )
     size = file.stat().st_size
     if size < end:
         raise InputError(

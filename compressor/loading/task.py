@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,32 +18,27 @@ from compressor import data as sources
 from compressor import names
 from compressor.data.demand import targets
 from compressor.errors import InputError, one_line
-from compressor.loading import checkpoint, torchfile
-from compressor.loading.checkpoint import ZOO, Described
-from compressor.loading.sketch import sketch
-from compressor.loading.torchfile import State
+from compressor.loading import checkpoint, embedded, formats
+from compressor.loading.checkpoint import Described
+from compressor.loading.formats import Arch, Factory, arch_name, live
 from compressor.metrics import METRICS, Metric, metric_of, own
 from compressor.task import Array, Batch, Input, Inputs, Kind, Split, Splits, Task, labelled
-
-Factory = Callable[[], nn.Module]
-Arch = str | Factory | None
-
-LIVE = "live:"
-"""Starts the factory's name of a model that was handed in as an object."""
 
 SPLIT_SEED = 0
 """Data is always carved the same way, whatever ``seed``: otherwise a model that was trained on one
 split would be judged on a test split that holds its own training examples."""
 
 
-def load(path: str | Path, arch: Arch = None) -> nn.Module:
+def load(path: str | Path, arch: Arch = None, *, trust_pickle: bool = False) -> nn.Module:
     """The model in ``path`` as an ``nn.Module`` in eval mode, pruned structure included.
 
-    ``path`` is a self-describing ``model.pt``, a torch-form artifact (``.safetensors``), or weights
-    together with ``arch``: a factory or its name. Executes nothing that the file holds; raises
-    :class:`InputError` for a file that cannot be read.
+    ``path`` is one of the formats of :mod:`compressor.loading.formats`: a self-describing
+    ``model.pt``, a torch-form artifact (``.safetensors``), weights together with ``arch`` (a
+    factory or its name), a pickled module, a ``.pt2``, a model folder, ``timm:NAME``. Executes
+    nothing that the file holds unless ``trust_pickle`` says so; raises :class:`InputError` for a
+    file that cannot be read.
     """
-    return _loaded(Path(path), arch)[0]
+    return formats.opened(path, arch, trusted=trust_pickle).model
 
 
 def task(
@@ -59,6 +53,8 @@ def task(
     teacher_arch: Arch = None,
     student: Arch = None,
     functions: Mapping[str, Callable[..., Any]] = {},
+    weights: str | None = None,
+    trusted: bool = False,
 ) -> Task:
     """What must be preserved, from what the user has.
 
@@ -66,27 +62,34 @@ def task(
     ``PKG.MOD:FUNCTION`` ...), live data (see :func:`compressor.data.adopt`) or ``None`` for the
     data that the file names. ``metric`` is one that the kind of task has, or names a function of
     ``functions``, which are the user's own. ``teachers`` are imitated instead of the model;
-    ``student`` builds another architecture to teach. Raises :class:`InputError` when model and data
-    do not fit.
+    ``student`` builds another architecture to teach. ``weights`` is the key of a checkpoint's
+    weights; ``trusted`` lets a pickled model execute its code. Raises :class:`InputError` when
+    model and data do not fit.
     """
+    given = None
+    if isinstance(data, str):
+        given = sources.read(data, SPLIT_SEED)
+    elif data is not None:
+        given = sources.adopt(data, SPLIT_SEED)
     if isinstance(model, nn.Module):
         reference, said = _copy(model).cpu().eval(), Described({})
-        source: Mapping[str, Any] = {"factory": _live(type(model)), "arguments": {}}
+        source: Mapping[str, Any] = {"factory": live(type(model)), "arguments": {}}
         name = re.sub(r"\W+", "-", type(model).__name__).lower()
     elif isinstance(model, str | Path):
-        reference, source, said = _loaded(Path(model), arch)
-        name = Path(model).stem
+        example = given.splits.train.head(2)[0] if given else None
+        reference, source, said = formats.opened(
+            model, arch, weights=weights, trusted=trusted, example=example
+        )
+        name = re.sub(r"[^\w.-]+", "-", Path(model).stem)
     else:
         raise InputError(f"the model is a {type(model).__name__}: give a path or an nn.Module")
     _check_weights(reference, name)
-    spec = data if data is not None else said.data
-    given = None
-    if isinstance(spec, str):
-        given = sources.read(spec, SPLIT_SEED, trusted=data is not None)
-    elif spec is not None:
-        given = sources.adopt(spec, SPLIT_SEED)
+    if given is None and said.data is not None:
+        given = sources.read(said.data, SPLIT_SEED, trusted=False)
     splits = given.splits if given else None
     inputs = _inputs(said, splits, name)
+    if source["factory"] == embedded.FACTORY:
+        embedded.check(reference, inputs)  # a file may describe more work than there is memory
     output = _probe(reference, inputs, splits, name)
     mine = {} if metric is None or ":" not in metric else {metric: own_metric(metric, functions)}
     known = kind or (given.kind if given else None) or said.kind
@@ -132,7 +135,7 @@ def task(
 
 def _teacher(given: str | Path | nn.Module, arch: Arch) -> nn.Module:
     if isinstance(given, str | Path):
-        return _loaded(Path(given), arch)[0]
+        return formats.opened(given, arch).model
     return _copy(given).cpu().eval()
 
 
@@ -140,7 +143,7 @@ def _student(arch: Arch) -> dict[str, Factory]:
     """What builds the student, by its name; the same weights at every call."""
     if arch is None:
         return {}
-    name = _arch_name(arch)
+    name = arch_name(arch)
     found = names.function(arch, "--student") if isinstance(arch, str) else arch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SPLIT_SEED)
@@ -204,69 +207,6 @@ ANSWERS: dict[Kind, Callable[[Array], Array]] = {
 """From a model's outputs to the labels that they stand for."""
 
 
-def _loaded(path: Path, arch: Arch) -> tuple[nn.Module, Mapping[str, Any], Described]:
-    if path.suffix == torchfile.SUFFIX and path.is_file() and torchfile.header(path):
-        model, source = torchfile.rebuild(
-            path, lambda source, state: _build(source, state, arch, path)
-        )
-        return model, source, Described({})
-    said = checkpoint.read(path)
-    source = said.source or {"factory": _arch_name(arch), "arguments": {}}
-    if said.source is None and arch is None:
-        raise InputError(
-            f"{path} holds weights only: add --arch PKG.MOD:FACTORY, the function that builds "
-            "its model"
-        )
-    model = _build(source, said.state, arch, path)
-    return torchfile.load_state(model, said.state, path).eval(), source, said
-
-
-def _build(source: Mapping[str, Any], state: State, arch: Arch, path: Path) -> nn.Module:
-    """The untrained model, a sketch where it is the zoo's.
-
-    A name out of a file resolves to the zoo; any other must be given. The file's arguments go to
-    the factory that was given if it takes them.
-    """
-    name, arguments = source["factory"], source["arguments"]
-    if arch is None and name.startswith(ZOO):
-        return sketch(name.removeprefix(ZOO), arguments, state)
-    if arch is None and name.startswith(LIVE):
-        raise InputError(
-            f"{path} was made from a live {name.removeprefix(LIVE)}: give the function that builds "
-            "it, --arch PKG.MOD:FACTORY"
-        )
-    if arch is None:
-        raise InputError(
-            f"{path} names the factory {name!r:.200}, which is not in the zoo and could run any "
-            f"code: add --arch {name:.200} to the command line if you trust it"
-        )
-    found = names.function(arch, "--arch") if isinstance(arch, str) else arch
-    factory = partial(found, **arguments) if _takes(found, arguments) else found
-    built = names.call(factory, _arch_name(arch), "--arch")
-    if not isinstance(built, nn.Module):
-        raise InputError(
-            f"--arch {_arch_name(arch)} gave a {type(built).__name__}: it must return an nn.Module"
-        )
-    return built.cpu()
-
-
-def _takes(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
-    try:
-        inspect.signature(factory).bind(**arguments)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _arch_name(arch: Arch) -> str:
-    return arch or "" if arch is None or isinstance(arch, str) else _live(arch)
-
-
-def _live(thing: Any) -> str:
-    """The name of a class or function that no file can give back."""
-    return f"{LIVE}{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', 'factory')}"
-
-
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -285,19 +225,20 @@ def _check_weights(model: nn.Module, name: str) -> None:
 
 def _inputs(said: Described, splits: Splits | None, name: str) -> tuple[Input, ...]:
     if splits is None:
-        if not said.inputs:
+        if not (said.inputs or said.usual):
             raise InputError(
                 f"the input shape of {name} is unknown: add --data SPEC, whose examples say it"
             )
-        return said.inputs
+        return said.inputs or said.usual
     seen = checkpoint.inputs_like(splits.train.head(64)[0])
     for wanted, found in zip(said.inputs, seen, strict=False):
         if wanted.shape != found.shape:
             raise InputError(
                 f"the data's examples have shape {found.shape}, {name} takes {wanted.shape}"
             )
-    if said.inputs and len(said.inputs) != len(seen):
-        raise InputError(f"the data has {len(seen)} inputs, {name} takes {len(said.inputs)}")
+    wanted_count = len(said.inputs or said.usual)
+    if wanted_count and wanted_count != len(seen):
+        raise InputError(f"the data has {len(seen)} inputs, {name} takes {wanted_count}")
     return seen
 
 

@@ -127,12 +127,28 @@ def load_state(model: nn.Module, state: State, path: Path) -> nn.Module:
     """Copies ``state`` into ``model``, which it has to fit; a sketch gets its memory first."""
     fits(model, state, path)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
-        model.to_empty(device="cpu")
+        _given_memory(model)
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:  # for example sparse tensors
         raise InputError(f"{path} does not load into its model: {one_line(error, 160)}") from None
     return model
+
+
+def _given_memory(model: nn.Module) -> None:
+    """Memory for the tensors of a sketch; those that are one stay one, as ``to_empty`` has not."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, old in store.items():
+                if old is None or not old.is_meta:
+                    continue
+                new = torch.empty_like(old, device="cpu")
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                store[name] = made.setdefault(id(old), new)  # type: ignore[assignment]
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
 
 
 def origin(artifact: Artifact) -> Source:

@@ -1,15 +1,23 @@
-"""Parameters and multiply-accumulates of a PyTorch model."""
+"""Parameters and multiply-accumulates: of a PyTorch model, and of a graph in an ONNX file."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.task import Inputs
+from compressor.errors import one_line
+from compressor.task import Input, Inputs
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 
 def params(model: nn.Module) -> int:
@@ -41,3 +49,376 @@ def macs(model: nn.Module, examples: Inputs) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2
+
+
+# --- ONNX
+
+
+class Counted(NamedTuple):
+    """What an ONNX file costs. ``params`` are the elements of the constants that its nodes compute
+    with. ``macs`` are the multiply-accumulates of one example; ``None`` where ``uncounted`` names
+    the nodes whose products could not be counted, and why."""
+
+    params: int
+    macs: int | None
+    uncounted: tuple[str, ...] = ()
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of the values of a graph, as far as they are known."""
+
+ONNX = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+"""Domains whose operators are known."""
+
+PRODUCTS = ("Attention", "Conv", "Gemm", "Linear", "LSTM", "MatMul", "MoE", "SVM")
+"""Operators with such a word in their name multiply, or may do so."""
+
+APART = ("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear")
+"""Operators that do not, in spite of their name."""
+
+BESIDE: dict[str, tuple[int, ...]] = {
+    "BatchNormalization": (3, 4),
+    "Clip": (1, 2),
+    "ConvInteger": (2, 3),
+    "DequantizeLinear": (1, 2),
+    "DynamicQuantizeLSTM": (8, 9, 10, 11),
+    "DynamicQuantizeMatMul": (2, 3),
+    "GatherBlockQuantized": (2, 3),
+    "MatMulInteger": (2, 3),
+    "MatMulIntegerToFloat": (2, 3, 4, 5),
+    "MatMulNBits": (2, 3),
+    "Pad": (1, 2),
+    "QLinearConv": (1, 2, 4, 5, 6, 7),
+    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
+    "QuantizeLinear": (1, 2),
+    "Resize": (1, 2),
+}
+"""Where operators read constants that are no parameters: scales, zero points, running statistics,
+bounds."""
+
+CODES = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+"""Integers that stand for numbers wherever they are read; wider ones where they are decoded."""
+
+SHAPING = 4096
+"""Elements of a constant that may say a shape; larger ones only have one."""
+
+
+def counted(path: Path, inputs: Sequence[Input]) -> Counted:
+    """Counts the ONNX file at ``path``, which takes ``inputs``; nothing in it is run.
+
+    Shapes are those that ONNX infers for a batch of 1, or of the size that the file fixes. As in
+    :func:`macs` and :func:`params`, elementwise work and running statistics do not count, nor do
+    scales and constants without an axis. What an exporter folded into other constants is gone:
+    batch normalisation behind a convolution has no parameters left.
+    """
+    import onnx
+    from onnx import inliner, shape_inference
+
+    model = onnx.load(path, load_external_data=False)
+    weights = _weights(model)
+    try:
+        if model.functions:
+            model = inliner.inline_local_functions(model)
+        batch = _settle(model, path, inputs)
+        model = _folded(model)
+        inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception as error:  # ONNX's own C++ code raises what has no base of its own
+        return Counted(weights, None, (f"no shapes: {one_line(error, 120)}",))
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            shapes[value.name] = tuple(dim.dim_value for dim in dims)
+    total, uncounted = 0, []
+    for at, node in enumerate(model.graph.node):
+        if inner := [one.op_type for body in _bodies(node) for one in _nodes(body) if _heavy(one)]:
+            uncounted.append(f"{node.op_type} around {', '.join(sorted(set(inner)))}")
+        if not _heavy(node):
+            continue
+        rule = MACS.get(node.op_type) if node.domain in ONNX else None
+        try:
+            total += (rule or _unknown)(node, shapes)
+        except (LookupError, ValueError):
+            why = "unknown shapes" if rule else "an unknown operator"
+            uncounted.append(f"{node.op_type} {node.name or at} ({why})")
+    macs = None if uncounted else total // batch
+    return Counted(weights, macs, tuple(dict.fromkeys(uncounted)))
+
+
+def _bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """The branches of an If, the body of a Loop."""
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph and of all graphs in it."""
+    for node in graph.node:
+        yield node
+        for body in _bodies(node):
+            yield from _nodes(body)
+
+
+def _heavy(node: NodeProto) -> bool:
+    """Whether the node sums up products, or may do so."""
+    if node.domain not in ONNX or node.op_type in MACS:
+        return True
+    return node.op_type not in APART and any(word in node.op_type for word in PRODUCTS)
+
+
+# Shapes.
+
+
+def _settle(model: ModelProto, path: Path, inputs: Sequence[Input]) -> int:
+    """Makes the graph, in place, one whose shapes ONNX can infer; returns its batch.
+
+    Inputs get their sizes, what was said of other values is dropped, large constants keep their
+    shapes only, and operators of onnxruntime give way to ONNX's with outputs of the same shape.
+    """
+    from onnx import external_data_helper, helper
+
+    graph = model.graph
+    held = {tensor.name for tensor in graph.initializer}
+    given = [value for value in graph.input if value.name not in held]
+    firsts = [value.type.tensor_type.shape.dim[:1] for value in given]
+    batch = max([1, *(dim.dim_value for dims in firsts for dim in dims)])
+    fed = [
+        helper.make_tensor_value_info(
+            value.name, value.type.tensor_type.elem_type, (batch, *one.shape)
+        )
+        for value, one in zip(given, inputs, strict=True)
+    ]
+    kept = []
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) > SHAPING:
+            fed.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+            continue
+        if external_data_helper.uses_external_data(tensor):
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+        kept.append(tensor)
+    nodes = [_plain(node, fed) for node in graph.node]
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for name, values in {"input": fed, "initializer": kept, "node": nodes}.items():
+        graph.ClearField(name)
+        getattr(graph, name).extend(values)
+    graph.ClearField("value_info")
+    return int(batch)
+
+
+def _folded(model: ModelProto) -> ModelProto:
+    """The graph with the arithmetic on shapes done, which ONNX's own inference knows in parts."""
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    def folds(node: ir.Node) -> bool | None:
+        if node.op_type == "ConstantOfShape":  # which may say any size
+            size = node.inputs[0].const_value if node.inputs[0] is not None else None
+            small = size is not None and math.prod(size.numpy().tolist()) <= SHAPING
+            return None if small else False
+        return None if node.op_type in SIZES else False
+
+    made = ir.from_proto(model)
+    optimizer.fold_constants(made, onnx_shape_inference=True, should_fold=folds)
+    return ir.to_proto(made)
+
+
+SIZES = (
+    *("Add", "Cast", "Concat", "Constant", "Div", "Equal", "Gather", "Identity", "Mul", "Neg"),
+    *("ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+)
+"""Operators that sizes are reckoned with."""
+
+
+def _plain(node: NodeProto, fed: list[Any]) -> NodeProto:
+    """An operator of ONNX with outputs of the same shape, where the node is one of onnxruntime's;
+    ``fed`` takes the shapes of the constants that it needs."""
+    from onnx import TensorProto, helper
+
+    if node.domain != "com.microsoft" or node.op_type not in ALIKE:
+        return node
+    op = ALIKE[node.op_type]
+    given = list(node.input)
+    if node.op_type in WIDTHS:
+        shape = WIDTHS[node.op_type](node)
+        given = [node.input[0], f"{node.output[0]}/{op}"]
+        fed.append(helper.make_tensor_value_info(given[1], TensorProto.FLOAT, shape))
+    plain = helper.make_node(op, given[: TAKES.get(op, len(given))], node.output[:1])
+    if op not in TAKES:
+        plain.attribute.extend(node.attribute)
+    return plain
+
+
+ALIKE = {
+    "BiasGelu": "Identity",
+    "DynamicQuantizeLSTM": "LSTM",
+    "DynamicQuantizeMatMul": "MatMul",
+    "FastGelu": "Identity",
+    "FusedConv": "Conv",
+    "FusedGemm": "Gemm",
+    "Gelu": "Identity",
+    "MatMulIntegerToFloat": "MatMul",
+    "MatMulNBits": "MatMul",
+    "MultiHeadAttention": "Identity",
+    "QuickGelu": "Identity",
+    "SkipLayerNormalization": "Identity",
+    "SkipSimplifiedLayerNormalization": "Identity",
+    "SimplifiedLayerNormalization": "Identity",
+}
+"""ONNX's operators whose first output has the shape that onnxruntime's own have."""
+
+TAKES = {"Identity": 1, "MatMul": 2}
+"""Of those, the ones without attributes, and how many inputs they have."""
+
+WIDTHS: dict[str, Callable[[NodeProto], tuple[int, int]]] = {
+    "MatMulNBits": lambda node: (_attribute(node, "K", 0), _attribute(node, "N", 0)),
+}
+"""Shapes of constants that are stored in another one."""
+
+
+def _attribute(node: NodeProto, name: str, default: Any) -> Any:
+    from onnx import helper
+
+    return next(
+        (helper.get_attribute_value(one) for one in node.attribute if one.name == name), default
+    )
+
+
+# Multiply-accumulates.
+
+
+def _unknown(node: NodeProto, shapes: Shapes) -> int:
+    raise LookupError(node.op_type)
+
+
+def _conv(node: NodeProto, shapes: Shapes, weights: int = 1) -> int:
+    """Each output sums over a filter; weights are (outputs, inputs / groups, *kernel)."""
+    return math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[weights]][1:])
+
+
+def _deconv(node: NodeProto, shapes: Shapes) -> int:
+    """Each input goes into a filter; weights are (inputs, outputs / groups, *kernel)."""
+    return math.prod(shapes[node.input[0]]) * math.prod(shapes[node.input[1]][1:])
+
+
+def _product(node: NodeProto, shapes: Shapes) -> int:
+    """Each output sums over the last axis of the first factor, or the one before."""
+    turned = _attribute(node, "transA", 0)
+    return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-2 if turned else -1]
+
+
+def _blocks(node: NodeProto, shapes: Shapes) -> int:
+    inner, outer = WIDTHS[node.op_type](node)
+    return math.prod(shapes[node.input[0]][:-1]) * inner * outer
+
+
+def _recurrent(node: NodeProto, shapes: Shapes) -> int:
+    """All gates in every step, of the input and of the hidden state."""
+    steps, batch, _ = shapes[node.input[0]]
+    return steps * batch * sum(math.prod(shapes[node.input[at]]) for at in (1, 2))
+
+
+def _einsum(node: NodeProto, shapes: Shapes) -> int:
+    """Every combination of the indices of two factors."""
+    left = _attribute(node, "equation", b"").decode().replace(" ", "").partition("->")[0]
+    terms = left.split(",")
+    if len(terms) == 1:
+        return 0
+    if len(terms) > 2 or "." in left:
+        raise LookupError(left)
+    named = zip(terms, (shapes[name] for name in node.input), strict=True)
+    sizes = {label: size for term, shape in named for label, size in zip(term, shape, strict=True)}
+    return math.prod(sizes.values())
+
+
+def _attention(node: NodeProto, shapes: Shapes) -> int:
+    """Scores and their product with the values: three inputs (batch, rows, width) or (batch, heads,
+    rows, width); fewer heads of keys and values serve all of the queries."""
+    query, key, value = (shapes[name] for name in node.input[:3])
+    past = shapes[node.input[4]][2] if len(node.input) > 4 and node.input[4] else 0
+    if len(query) == 4:
+        heads, wide, deep = query[1], query[3], value[3]
+    else:
+        heads = _attribute(node, "q_num_heads", 0) or _attribute(node, "num_heads", 1)
+        wide = query[2] // heads
+        deep = value[2] // (_attribute(node, "kv_num_heads", 0) or heads)
+    return query[0] * heads * query[-2] * (key[-2] + past) * (wide + deep)
+
+
+def _separate(node: NodeProto, shapes: Shapes) -> int:
+    """onnxruntime's ``MultiHeadAttention`` with queries, keys and values of their own."""
+    if any(len(shapes[name]) != 3 for name in node.input[:3]) or len(node.input) > 6:
+        raise LookupError(node.op_type)  # packed, or with a past
+    return _attention(node, shapes)
+
+
+def _projected(node: NodeProto, shapes: Shapes) -> int:
+    """onnxruntime's ``Attention``, which holds the projections to queries, keys and values."""
+    (batch, rows, _), weights = shapes[node.input[0]], shapes[node.input[1]]
+    if len(node.input) > 4 and node.input[4]:
+        raise LookupError("a past")
+    sizes = _attribute(node, "qkv_hidden_sizes", [weights[1] // 3] * 3)
+    return batch * rows * (math.prod(weights) + rows * int(sizes[1] + sizes[2]))
+
+
+MACS: dict[str, Callable[[NodeProto, Shapes], int]] = {
+    "Attention": lambda node, shapes: (_projected if node.domain else _attention)(node, shapes),
+    "Conv": _conv,
+    "ConvInteger": _conv,
+    "ConvTranspose": _deconv,
+    "DynamicQuantizeLSTM": _recurrent,
+    "DynamicQuantizeMatMul": _product,
+    "Einsum": _einsum,
+    "FusedConv": _conv,
+    "FusedGemm": _product,
+    "GRU": _recurrent,
+    "Gemm": _product,
+    "LSTM": _recurrent,
+    "MatMul": _product,
+    "MatMulInteger": _product,
+    "MatMulIntegerToFloat": _product,
+    "MatMulNBits": _blocks,
+    "MultiHeadAttention": _separate,
+    "QLinearConv": lambda node, shapes: _conv(node, shapes, 3),
+    "QLinearMatMul": _product,
+    "RNN": _recurrent,
+}
+"""Of one node, for the whole batch; ``LookupError`` or ``ValueError`` where it cannot be told."""
+
+
+# Parameters.
+
+
+def _weights(model: ModelProto) -> int:
+    """Elements of the constants of a file, as :class:`Counted` has them."""
+    from onnx import TensorProto
+
+    nodes = list(_nodes(model.graph))
+    nodes += [node for function in model.functions for node in _nodes(function)]
+    graphs = [model.graph, *(body for node in nodes for body in _bodies(node))]
+    reads: dict[str, set[bool | None]] = {}
+    packed: dict[str, int] = {}
+    for node in nodes:
+        beside = BESIDE.get(node.op_type, ())
+        for at, name in enumerate(node.input):
+            decoded = None if node.op_type == "DequantizeLinear" else True
+            reads.setdefault(name, set()).add(False if at in beside else decoded)
+        if node.op_type in WIDTHS:
+            packed[node.input[1]] = math.prod(WIDTHS[node.op_type](node))
+    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
+    for node in nodes:
+        for one in node.attribute:
+            if (node.op_type, one.name) == ("Constant", "value"):
+                constants[node.output[0]] = one.t
+
+    def holds(name: str, tensor: TensorProto) -> bool:
+        read = reads.get(name, set()) - {False}
+        kind = TensorProto.DataType.Name(tensor.data_type)
+        floats = "FLOAT" in kind or kind == "DOUBLE"
+        return bool(tensor.dims and read) and (floats or kind in CODES or None in read)
+
+    return sum(
+        packed.get(name, math.prod(tensor.dims))
+        for name, tensor in constants.items()
+        if holds(name, tensor)
+    )

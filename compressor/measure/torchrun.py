@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from compressor.loading import load, torchfile
-from compressor.loading.task import LIVE, tensors
+from compressor.loading.formats import LIVE, PICKLED
+from compressor.loading.task import tensors
 from compressor.measure.runtime import Input, ProviderAbsent
 
 Mode = Literal["eager", "compile"]
@@ -104,7 +105,7 @@ def _check_compiler() -> None:
 
 def _check_source(path: Path) -> None:
     said = torchfile.header(path) if path.suffix == torchfile.SUFFIX else None
-    if said is not None and said["source"]["factory"].startswith(LIVE):
+    if said is not None and said["source"]["factory"].startswith((LIVE, PICKLED)):
         raise ProviderAbsent(
             "the model was handed in as an object, which no other process can build: hand in its "
             "file and --arch PKG.MOD:FACTORY"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import recipe as recipes
 from compressor.artifact import Artifact, digest, replacing, write_text
 from compressor.errors import InputError
+from compressor.loading import formats
 from compressor.loading import task as tasks
 from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
@@ -70,6 +71,8 @@ def run(
     log: str | Sequence[str] = (),
     robustness: bool = False,
     processes: int | None = None,
+    weights: str | None = None,
+    trust_pickle: bool = False,
     max_drop: float | None = None,
     time_budget: float | None = None,
     metric: Any = None,
@@ -133,6 +136,8 @@ def run(
             teacher_arch=teacher_arch,
             student=student,
             functions=functions,
+            weights=weights,
+            trusted=trust_pickle,
         )
         until = None if time_budget is None else began + time_budget
         task = replace(task, target=targets[0], budget=budget, until=until, logs=tuple(kept))
@@ -232,7 +237,8 @@ def run(
                     "fingerprint": fingerprint,
                     "model": {
                         "path": Path(model).name if isinstance(model, str | Path) else None,
-                        "sha256": digest(Path(model)) if isinstance(model, str | Path) else state,
+                        "sha256": formats.file_digest(model) or state,
+                        "trusted": trust_pickle,  # its code was executed
                     },
                     **found,
                 },

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact import replacing, write_text
+from compressor.artifact import replacing, settle, together, write_text
 from compressor.errors import InputError, one_line
 from compressor.measurement import Target
 from compressor.report import markdown as page
@@ -70,6 +71,8 @@ class Report:
         """
         path = Path(path)
         file = path / FILE if path.is_dir() else path
+        with suppress(OSError):  # of a folder that is only to be read: what is there is whole
+            settle(file.parent)
         try:
             document = json.loads(
                 file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite
@@ -83,12 +86,25 @@ class Report:
         return cls(document, file.parent)
 
     def save(self) -> None:
-        """Writes ``report.json``, ``report.md``, its pictures and ``report.html`` into the folder.
+        """Writes ``report.json``, ``report.md``, its pictures and ``report.html`` into the folder:
+        all of them at once, in place of those of an earlier report.
+
+        Raises :class:`ValueError`, and writes nothing, when the document breaks the schema.
+        """
+        from compressor.report.plots import PICTURES
+
+        with together(self.folder) as beside:
+            drawn = self.write(beside)
+        for name in PICTURES.keys() - drawn:
+            (self.folder / name).unlink(missing_ok=True)  # of an earlier report
+
+    def write(self, into: Path) -> set[str]:
+        """Writes the files of the report into another folder and reads it again; gives their names.
 
         Raises :class:`ValueError`, and writes nothing, when the document breaks the schema.
         """
         from compressor.report.html import html
-        from compressor.report.plots import PICTURES, pictures
+        from compressor.report.plots import pictures
 
         try:
             text = json.dumps(self.document, indent=2, allow_nan=False)
@@ -97,17 +113,14 @@ class Report:
             raise ValueError(f"report holds what JSON cannot: {error}") from error
         if wrong:
             raise ValueError(f"report breaks schema 1, {wrong}")
-        written, drawn, paged = self.markdown(), pictures(self.document), html(self.document)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        views = {"report.md": self.markdown(), "report.html": html(self.document)}
+        drawn = pictures(self.document)
         for name, picture in drawn.items():
-            with replacing(self.folder / name) as beside:
+            with replacing(into / name) as beside:
                 beside.write_bytes(picture)
-        write_text(self.folder / "report.md", written)
-        write_text(self.folder / "report.html", paged)
-        for name in PICTURES.keys() - drawn.keys():
-            (self.folder / name).unlink(missing_ok=True)  # of an earlier report
-        # Last: whoever finds the data finds its views as well.
-        write_text(self.folder / FILE, text + "\n")
+        for name, view in {**views, FILE: text + "\n"}.items():
+            write_text(into / name, view)
+        return {*drawn, *views, FILE}
 
     def table(self, target: Target | None = None) -> str:
         """The table for a terminal: on ``target``, or on the primary one and briefly the others.

@@ -1,4 +1,5 @@
-"""Export to ONNX: one file, dynamic batch, and the same outputs as PyTorch."""
+"""Export to ONNX: one file, dynamic batch, and the same outputs as PyTorch; or as an ONNX file that
+was given."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from compressor.artifact import Onnx, Torch
-from compressor.errors import StageError, one_line
-from compressor.loading import torchfile
+from compressor.artifact import Artifact, Onnx, Torch
+from compressor.errors import InputError, StageError, one_line
+from compressor.loading import onnxtask, torchfile
+from compressor.loading.onnxfile import OnnxFile
 from compressor.loading.task import tensors
 from compressor.measure.runtime import Session, open_session
 from compressor.stages import graph
-from compressor.task import Array, Inputs, Task
+from compressor.task import Array, Input, Inputs, Task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,6 +88,74 @@ def export(
     return artifact.then(
         path, "onnx", "export", {"opset": opset}, companions=companions, parity=differences
     )
+
+
+def adopt(file: OnnxFile, inputs: Sequence[Input], into: Path) -> Onnx:
+    """An ONNX file as a run takes it: the file itself, or one made of it beside ``into``.
+
+    Its bytes stay as they are where it takes any batch, holds its weights and lists none of them
+    among its inputs (:func:`compressor.loading.onnxtask.changes`). Raises :class:`InputError` for a
+    fixed batch that the graph depends on: opened, it does not run at batch 1, 2 and 7, or answers
+    otherwise than the file.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    given = Artifact.of(file.path, "onnx", companions=file.companions)
+    changes = onnxtask.changes(file)
+    if not changes:
+        return given
+    model = onnx.load(file.path)
+    onnxtask.opened(model, file.batch)
+    path = into.with_name(into.name + SUFFIX)
+    found: dict[str, float] = {}
+
+    def check(written: Path) -> None:
+        if file.batch is None:
+            return
+        try:
+            found.update(_agreement(file, written, inputs))
+        except Exception as error:
+            raise _fixed(file, _why(error)) from error
+        worst = float(np.max(list(found.values())))
+        if not worst <= TOLERANCE:
+            raise _fixed(file, f"with an open one its outputs differ by {worst:.2g}")
+
+    companions = graph.store(ir.from_proto(model), path, check)
+    return given.then(path, "onnx", IMPORT, {}, companions=companions, changes=changes, **found)
+
+
+IMPORT = "import"
+"""The stage of what was given as ONNX."""
+
+
+def _fixed(file: OnnxFile, why: str) -> InputError:
+    return InputError(
+        f"{file.path} takes batches of {file.batch} only, and its graph depends on that ({why}): "
+        "export it with a dynamic batch axis"
+    )
+
+
+def _agreement(file: OnnxFile, opened: Path, inputs: Sequence[Input]) -> dict[str, float]:
+    """How far the opened file is from the fixed one by batch size, as :func:`apart` counts."""
+    assert file.batch is not None
+    ours, theirs = (Session(open_session(path)) for path in (file.path, opened))
+    examples = [given.synthetic(max(BATCHES), seed) for seed, given in enumerate(inputs)]
+    wanted: list[list[Array]] = []
+    for at in range(0, max(BATCHES), file.batch):
+        whole = np.arange(at, at + file.batch) % max(BATCHES)
+        wanted.append(_listed(ours(*(each[whole] for each in examples))))
+    joined = [np.concatenate(parts) for parts in zip(*wanted, strict=True)]
+    return {
+        f"parity_{size}": apart(
+            [each[:size] for each in joined], _listed(theirs(*(each[:size] for each in examples)))
+        )
+        for size in BATCHES
+    }
+
+
+def _listed(outputs: Any) -> list[Array]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
 def exported(model: nn.Module, task: Task, opset: int) -> ir.Model:
@@ -160,7 +230,7 @@ def parity(path: Path, model: nn.Module, task: Task) -> dict[str, float]:
             raise StageError(
                 f"the exported model does not run at batch {size}: {_why(error)}"
             ) from error
-        found[str(size)] = apart(wanted, list(got) if isinstance(got, tuple) else [got])
+        found[str(size)] = apart(wanted, _listed(got))
     return found
 
 
@@ -182,7 +252,7 @@ def apart(wanted: Sequence[Array], got: Sequence[Array]) -> float:
     if [ours.shape for ours in wanted] != [theirs.shape for theirs in got]:
         raise StageError(
             f"onnxruntime gives outputs of shape {[theirs.shape for theirs in got]}, "
-            f"PyTorch {[ours.shape for ours in wanted]}"
+            f"wanted are {[ours.shape for ours in wanted]}"
         )
     worst = [0.0]
     for ours, theirs in zip(wanted, got, strict=True):

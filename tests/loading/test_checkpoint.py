@@ -256,6 +256,10 @@ def script_module(path: Path) -> None:
         torch.jit.save(torch.jit.trace(small(), torch.zeros(1, 2)), path)
 
 
+class Foreign(nn.Module):
+    """A class of somebody's own."""
+
+
 def program(path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):
         torch.export.save(torch.export.export(small(), (torch.zeros(1, 2),)), path)
@@ -271,9 +275,11 @@ def program(path: Path) -> None:
         (lambda path: path.write_bytes(b"PK\x03\x04 nothing"), "is not a PyTorch checkpoint ("),
         (lambda path: path.write_bytes(b"\x80\x02}."), "is not a PyTorch checkpoint ("),
         (lambda path: zipfile.ZipFile(path, "w").close(), "is not a PyTorch checkpoint ("),
-        (lambda path: torch.save(small(), path), "pickles classes ("),
-        (script_module, "TorchScript or exported program"),
-        (program, "TorchScript or exported program"),
+        (
+            lambda path: torch.save(Foreign(), path),
+            "pickles classes (test_checkpoint.Foreign), which could run code",
+        ),
+        (script_module, "is a TorchScript program, which is code: add --trust-pickle if you"),
         (lambda path: torch.save([torch.zeros(1)], path), "holds a list, not weights"),
         (lambda path: torch.save(torch.zeros(1), path), "holds a Tensor, not weights"),
         (lambda path: torch.save({"a": 1, "b": "c"}, path), "no state dict (keys: 'a', 'b')"),

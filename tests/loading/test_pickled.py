@@ -413,6 +413,8 @@ def test_a_torchscript_program_needs_trust(tmp_path: Path) -> None:
         torch.jit.trace(layer, torch.zeros(1, 3)).save(str(path))
     with pytest.raises(InputError, match="TorchScript program, which is code: add --trust-pickle"):
         pickled.read(path)
-    assert "__torch__.torch.nn.modules.linear.Linear" in pickled.classes(path)
+    # The name is mangled where the process has scripted another Linear before.
+    asked = pickled.classes(path)
+    assert any(name.startswith("__torch__.torch.nn.modules.linear.") for name in asked)
     x = torch.ones(2, 3)
     assert np.array_equal(pickled.trusted(path)(x).detach(), layer(x).detach())
