@@ -47,6 +47,13 @@ def task(
     name = file.path.stem
     if data is None:
         found = unjudged(name, model, inputs, metric=metric, kind=kind, seed=seed)
+        with torch.inference_mode():
+            shape = tuple(first(model(*map(torch.from_numpy, found.examples(3)))).shape)
+        if shape[:1] != (3,):
+            raise InputError(
+                f"{file.path} turns a batch of 3 into shape {shape}: the first axis of its output "
+                "must be the example"
+            )
     else:
         found = tasks(model, data=data, metric=metric, kind=kind, seed=seed, functions=functions)
     labels = found.kind in ("binary", "multilabel")
@@ -73,11 +80,6 @@ def unjudged(
     found = Task(name, "regression", lambda: model, source, inputs, "mse", seed=seed)
     with torch.inference_mode():
         shape = first(model(*map(torch.from_numpy, found.examples(batch)))).shape
-    if shape[:1] != (batch,):
-        raise InputError(
-            f"{name} turns a batch of {batch} into shape {tuple(shape)}: the first axis of its "
-            "output must be the example"
-        )
     known = kind or ("classification" if len(shape) == 2 and shape[1] > 1 else "regression")
     return replace(found, kind=known, metric=metric_of(known, metric))
 

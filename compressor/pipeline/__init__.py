@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 from compressor import recipe as recipes
 from compressor.artifact import Artifact, digest, replacing, write_text
 from compressor.errors import InputError
-from compressor.loading import formats
+from compressor.loading import formats, onnxfile, onnxtask
 from compressor.loading import task as tasks
-from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure import protocol
 from compressor.measure.environment import cores, installed
-from compressor.measure.threads import one_thread
 from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import own, verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
+from compressor.pipeline.entries import behaviour, original
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.making import Maker, follow
 from compressor.pipeline.measuring import leave, measure, race, rival
@@ -33,7 +32,7 @@ from compressor.pipeline.robustness import robustness as stress
 from compressor.pipeline.verdict import Row
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.report import Report
-from compressor.stages import bind, fitting
+from compressor.stages import STAGES, bind, fitting, form_taken
 from compressor.task import Kind, Splits, Task
 from compressor.training import logs
 from compressor.training.recovery import TRACE
@@ -55,6 +54,8 @@ def run(
     *,
     data: Any = None,
     arch: Any = None,
+    inputs: Sequence[str] = (),
+    domains: Sequence[str] = (),
     recipe: str | Path | Sequence[Step] | None = None,
     prune: float | str | None = None,
     keep: Sequence[str] = (),
@@ -89,7 +90,10 @@ def run(
 ) -> Report:
     """Compresses ``model``, measures every artifact of the way and gives the report.
 
-    ``model`` is a path or a live ``nn.Module`` (which is copied, never changed). ``data`` is a data
+    ``model`` is a path or a live ``nn.Module`` (which is copied, never changed). An ONNX file is
+    its own baseline; it can be quantized, and what else there is needs the PyTorch model. ``inputs``
+    says the open axes of an ONNX file, ``NAME=SHAPE[:DTYPE[<HIGH]]``, ``domains`` which operators
+    it may have that neither ONNX nor onnxruntime defines. ``data`` is a data
     spec, ``(train, test)`` DataLoaders, datasets or arrays, or a dict of splits. ``teacher`` is a
     path or a module, or several; ``loss``, ``augment`` and ``metric`` may be functions. ``train``
     are further settings of the recovery (:class:`compressor.training.settings.Training`). The other
@@ -124,21 +128,43 @@ def run(
         student=None if student is None else own.called(student, "--student", {}),
         train=settings,
     )
-    with joined(processes) as around:
-        task = tasks(
-            model,
-            data=data,
-            arch=arch,
-            metric=metric,
-            kind=kind,
-            seed=seed,
-            teachers=teacher if isinstance(teacher, tuple | list) else (teacher,),
-            teacher_arch=teacher_arch,
-            student=student,
-            functions=functions,
-            weights=weights,
-            trusted=trust_pickle,
-        )
+    masters = teacher if isinstance(teacher, tuple | list) else (teacher,)
+    given = onnx_path(model)
+    if given is None and (inputs or domains):
+        flag = f"--input {inputs[0]!r}" if inputs else f"--domain {domains[0]!r}"
+        raise InputError(f"{flag}: only ONNX files are asked for that; this is a PyTorch model")
+    if given is not None:
+        measurable(given, steps, arch=arch, teacher=masters, student=student)
+    with joined(processes) as around, ExitStack() as stack:
+        file: Artifact | None = None
+        if given is not None:
+            task, file = stack.enter_context(
+                original(
+                    given,
+                    data=data,
+                    inputs=inputs,
+                    domains=domains,
+                    metric=metric,
+                    kind=kind,
+                    seed=seed,
+                    functions=functions,
+                )
+            )
+        else:
+            task = tasks(
+                model,
+                data=data,
+                arch=arch,
+                metric=metric,
+                kind=kind,
+                seed=seed,
+                teachers=masters,
+                teacher_arch=teacher_arch,
+                student=student,
+                functions=functions,
+                weights=weights,
+                trusted=trust_pickle,
+            )
         until = None if time_budget is None else began + time_budget
         task = replace(task, target=targets[0], budget=budget, until=until, logs=tuple(kept))
         for step in steps:
@@ -146,12 +172,12 @@ def run(
         path = Path(out) if out is not None else Path("reports") / task.name
         if not around.leader:
             return Report(follow(task, around), path)
-        state = state_digest(task.model().state_dict())
+        state = file.digest if file else state_digest(task.model().state_dict())
         factory = arch if isinstance(arch, str) else None
         # What the model computes stands for its code, which no file shows.
         reads = key_of(
             model=state,
-            does=behaviour(task),
+            does=None if file else behaviour(task),
             data=data_digest(task.splits),
             others=[state_digest(build().state_dict()) for build in others(task)],
             functions=own.codes(functions),
@@ -183,7 +209,7 @@ def run(
 
             loading = round(time.monotonic() - began, 3)
             task = replace(task, watch=lambda text: progress(done - 1, total, text))
-            maker = Maker(task, folder, reads, say, around)
+            maker = Maker(task, folder, reads, say, around, file)
             maker.stages.append(
                 {"stage": "load", "seconds": loading, "peak_rss_bytes": None, "cached": False}
             )
@@ -277,6 +303,27 @@ def plan(
     return bind(recipes.named(edited))
 
 
+def onnx_path(model: object) -> Path | None:
+    """The path of a model that is an ONNX file."""
+    named = isinstance(model, str | Path) and Path(model).suffix == onnxfile.SUFFIX
+    return Path(model) if named else None  # type: ignore[arg-type]
+
+
+def measurable(path: Path, steps: Recipe, **torch: Any) -> None:
+    """Raises :class:`InputError` for a step or an argument that an ONNX file has no use for."""
+    for step in steps:
+        if form_taken(STAGES[step.stage]) == "torch":
+            raise InputError(
+                f"step {step.name!r}: {step.stage} changes a PyTorch model, and {path.name} is "
+                f"ONNX: {onnxtask.NEEDED}"
+            )
+    for name, value in torch.items():
+        if value:
+            raise InputError(
+                f"--{name} is for PyTorch models, and {path.name} is ONNX: {onnxtask.NEEDED}"
+            )
+
+
 def others(task: Task) -> list[Callable[[], nn.Module]]:
     """What builds the teachers and students that were handed in."""
     return [*task.teachers, *task.students.values()]
@@ -335,15 +382,6 @@ def targets_of(
             for count in counts
         ]
     return found
-
-
-def behaviour(task: Task) -> str:
-    """A digest of what the model answers to made-up examples."""
-    import torch
-
-    with one_thread(), torch.inference_mode():
-        outputs = tensors(task.model()(*map(torch.from_numpy, task.examples(2))))
-    return state_digest({str(at): output for at, output in enumerate(outputs)})
 
 
 def data_digest(splits: Splits | None) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 from compressor.artifact import Artifact, digest
 from compressor.errors import StageError
 from compressor.loading import onnxfile
-from compressor.loading.onnxfile import OnnxFile
 from compressor.measure import counting, protocol
 from compressor.measure.environment import absent
 from compressor.measurement import Target
@@ -23,6 +22,7 @@ from compressor.pipeline.document import (
     fed,
     hurt,
     machine,
+    uncounted,
     write_samples,
 )
 from compressor.pipeline.entries import Entry, facts, first, judge, make, read
@@ -50,6 +50,7 @@ def bench(
     metric: str | None = None,
     kind: Kind | None = None,
     inputs: Sequence[str] = (),
+    domains: Sequence[str] = (),
     provider: str | Sequence[str] | None = None,
     batch: Sequence[int] = (1,),
     threads: Sequence[int] | None = None,
@@ -67,7 +68,8 @@ def bench(
     stems (:func:`~compressor.pipeline.entries.named`). Accuracy is measured with ``data``, by
     default what the first file names; without it fidelity to that file's outputs, on made-up
     inputs. ``inputs`` are those of ``--input``, ``NAME=SHAPE[:DTYPE[<HIGH]]``, for axes that a file
-    leaves open. A file that cannot be read or fed becomes rows with the reason, and so does one
+    leaves open; ``domains`` those of operators that neither ONNX nor onnxruntime defines. A file
+    that cannot be read or fed becomes rows with the reason, and so does one
     that fails while it is measured; ``document["failed"]`` lists those that ran nowhere.
 
     Raises :class:`InputError` before any work when an argument is wrong or no file can be read and
@@ -75,7 +77,9 @@ def bench(
     """
     protocol.check(bench_time, seed)
     targets = targets_of(provider, batch, threads)
-    entries, given = read(models, data, arch, metric, kind, onnxfile.asked(inputs), batch, seed)
+    entries, given = read(
+        models, data, arch, metric, kind, onnxfile.asked(inputs), domains, batch, seed
+    )
     fingerprint = key_of(
         bench=[[entry.name, facts(entry)] for entry in entries],
         data=data_digest(given.splits if given else None),
@@ -168,7 +172,12 @@ def _document(
     allowed = (within or [reference]) if task.splits else names
     reached = [row for row in measured.rows if absent(target_of(row), measured.providers) is None]
     ran = {row["artifact"] for row in reached if "skipped" not in row}
-    models = {entry.name: entry.read for entry in entries}
+    counted = {
+        entry.name: counting.counted(made[entry.name].path, entry.inputs)
+        for entry in entries
+        if entry.name in made
+    }
+    said = [each for name, found in counted.items() for each in uncounted(name, found)]
     return {
         "environment": machine(measured, targets[0]),
         "recipe": [],
@@ -177,8 +186,8 @@ def _document(
         "artifacts": [
             {
                 **described(made[name], folder, accuracy, MAX_DROP),
-                "params": onnxfile.read(made[name].path).params,
-                "macs": _macs(models[name]),
+                "params": counted[name].params,
+                "macs": counted[name].macs,
                 "best": name == choice.best,
                 "fidelity": fidelity,
                 **hurt(task, measured, outputs, name, reference),
@@ -196,17 +205,12 @@ def _document(
         "budget_held": choice.held,
         "best": choice.best or None,
         "recommendation": choice.sentence,
-        "warnings": [f"{UNJUDGED}: {unjudged}"] if unjudged else [],
+        "warnings": [*([f"{UNJUDGED}: {unjudged}"] if unjudged else []), *said],
         "samples": SAMPLES,
         "failed": [entry.name for entry in entries if reached and entry.name not in ran],
         "missed": [],
         "finished": True,
     }
-
-
-def _macs(read: OnnxFile | Task | None) -> int | None:
-    """Of one example; nothing counts those of a graph."""
-    return counting.macs(read.model(), read.examples(1)) if isinstance(read, Task) else None
 
 
 def _choice(

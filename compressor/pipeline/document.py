@@ -15,6 +15,7 @@ import numpy as np
 from compressor.artifact import Artifact, replacing
 from compressor.loading import torchfile
 from compressor.measure import counting
+from compressor.measure.counting import Counted
 from compressor.measure.environment import absent, affinity, environment
 from compressor.measurement import SETTINGS, TORCH, Measurement, Target
 from compressor.metrics import metrics_of
@@ -69,7 +70,8 @@ def document(
         [name for name in names if _narrowed(maker.onnx[name])],
     )
     allowed = [name for name in names if verdict.within(validated[name], budget)]
-    seen = _seen(task)
+    whole, uncounted = _whole(maker)
+    seen = _seen(task, whole["macs"])
     return {
         "environment": machine(measured, targets[0]),
         "recipe": [step.to_json() for step in maker.resolved],
@@ -77,7 +79,7 @@ def document(
         "inputs": fed(task),
         "artifacts": [
             {
-                **_artifact(maker, name, choice, *fields[name], budget, seen),
+                **_artifact(maker, name, choice, *fields[name], budget, seen, whole),
                 **hurt(task, measured, outputs, name),
             }
             for name in names
@@ -93,7 +95,7 @@ def document(
         "budget_held": choice.held,
         "best": choice.best,
         "recommendation": choice.sentence,
-        "warnings": [*maker.warnings, *_on_gpu(maker, measured, targets)],
+        "warnings": [*maker.warnings, *uncounted, *_on_gpu(maker, measured, targets)],
         "stages": maker.stages + measured.stages,
         "samples": SAMPLES,
         "failed": maker.failed,
@@ -201,24 +203,47 @@ def _artifact(
     fidelity: Row | None,
     budget: float,
     seen: Split | None,
+    whole: Row,
 ) -> Row:
-    made = maker.onnx[name]
-    model, _ = torchfile.open_model(maker.float_of(name), maker.task)
+    made, task = maker.onnx[name], maker.task
+    if maker.original is None:
+        model, _ = torchfile.open_model(maker.float_of(name), task)
+        costs = _costs(model, task)
+    else:  # what is made of an ONNX file computes the same, with fewer bits
+        model, costs = task.model(), whole
     return {
         **described(made, maker.folder.path, accuracy, budget),
-        "params": counting.params(model),
-        "macs": counting.macs(model, maker.task.examples(1)),
+        **costs,
         "best": name == choice.best,
         "fidelity": fidelity,
         # The torch file of what is narrowed is another model.
-        "gap": None if _narrowed(made) else gap(maker.task, model, seen, accuracy),
+        "gap": None if _narrowed(made) else gap(task, model, seen, accuracy),
     }
+
+
+def _costs(model: nn.Module, task: Task) -> Row:
+    return {"params": counting.params(model), "macs": counting.macs(model, task.examples(1))}
+
+
+def _whole(maker: Maker) -> tuple[Row, list[str]]:
+    """``params`` and ``macs`` of the baseline, and what to say of those that were not counted."""
+    if maker.original is None:
+        return _costs(maker.task.model(), maker.task), []
+    found = counting.counted(maker.onnx[BASELINE].path, maker.task.inputs)
+    return {"params": found.params, "macs": found.macs}, uncounted(BASELINE, found)
+
+
+def uncounted(name: str, found: Counted) -> list[str]:
+    """What to say of an artifact whose multiply-accumulates could not all be counted."""
+    first = "; ".join(found.uncounted[:3])
+    more = f" and {len(found.uncounted) - 3} more" if len(found.uncounted) > 3 else ""
+    return [f"{name}: MACs are unknown: {first}{more}"] if found.uncounted else []
 
 
 def gap(task: Task, model: nn.Module, seen: Split | None, accuracy: Row) -> Row | None:
     """The generalisation gap: ``{"train", "test", "value", "n"}`` of the task's metric.
 
-    ``train`` is that of the torch ``model`` on the ``n`` examples of ``seen``, ``test`` that of its
+    ``train`` is that of ``model`` on the ``n`` examples of ``seen``, ``test`` that of its
     ``accuracy`` field. ``value`` is how much better the model is where it was trained, in the
     metric's own unit: train - test, for errors test - train. ``None`` where one is not known.
     """
@@ -235,13 +260,13 @@ def gap(task: Task, model: nn.Module, seen: Split | None, accuracy: Row) -> Row 
     return {"train": train, "test": test, "value": apart, "n": len(seen)}
 
 
-def _seen(task: Task) -> Split | None:
-    """Training examples with labels, drawn by the task's seed; no more than :data:`WORK` allows."""
+def _seen(task: Task, macs: int | None) -> Split | None:
+    """Training examples with labels, drawn by the task's seed; no more than :data:`WORK` allows a
+    model of so many ``macs``."""
     if task.splits is None or not task.labelled:
         return None
     train = task.splits.train
-    macs = counting.macs(task.model(), task.examples(1))
-    count = int(np.clip(WORK / max(1, macs), min(len(train), 256), SEEN))
+    count = int(np.clip(WORK / max(1, macs or 0), min(len(train), 256), SEEN))
     order = np.random.default_rng(task.seed).permutation(len(train))
     kept: list[int] = []
     for at in range(0, len(order), 256):

@@ -1,11 +1,13 @@
-"""The files of a bench: what each is, under which name, and as which artifact it is measured."""
+"""Files as they are given: those of a bench, each under its name, and the ONNX file of a run."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,22 @@ from compressor import data as sources
 from compressor.artifact import Artifact, digest, replacing
 from compressor.data import Data
 from compressor.errors import CompressorError, InputError
-from compressor.loading import onnxfile, torchfile
+from compressor.loading import onnxfile, onnxtask, torchfile
 from compressor.loading import task as tasks
 from compressor.loading.checkpoint import inputs_like
 from compressor.loading.onnxfile import Asked, OnnxFile
-from compressor.loading.task import SPLIT_SEED
+from compressor.loading.task import SPLIT_SEED, tensors
 from compressor.loading.torchfile import state_digest
+from compressor.measure.environment import cores
 from compressor.measure.process import Worker, WorkerFailed
+from compressor.measure.threads import one_thread
 from compressor.measure.turns import CONTROL
 from compressor.metrics import metric_of
-from compressor.pipeline import behaviour
 from compressor.pipeline.folder import key_of
 from compressor.pipeline.making import watched
 from compressor.pipeline.verdict import Row
 from compressor.stages import STAGES
+from compressor.stages.export import adopt
 from compressor.task import Input, Kind, Task
 
 
@@ -87,6 +91,7 @@ def read(
     metric: str | None,
     kind: Kind | None,
     asked: Mapping[str, Asked],
+    domains: Collection[str],
     batch: Sequence[int],
     seed: int,
 ) -> tuple[list[Entry], Data | None]:
@@ -98,13 +103,11 @@ def read(
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise InputError(f"{path} {what}: give ONNX files or models")
-    given = sources.read(data, SPLIT_SEED) if isinstance(data, str) else None
-    if data is not None and given is None:
-        given = sources.adopt(data, SPLIT_SEED)
+    given = _data(data)
     entries: list[Entry] = []
     for name, path in zip(named(paths), paths, strict=True):
         if path.suffix == onnxfile.SUFFIX:
-            entry = _onnx(name, path, given, asked, batch)
+            entry = _onnx(name, path, given, asked, domains, batch)
         else:
             entry = _torch(name, path, given, arch, metric, kind, seed)
         bare = given is None or not given.labelled
@@ -112,15 +115,25 @@ def read(
             # All are judged by what the first names, or answers where nothing has a label.
             given = Data(entry.read.data or "", entry.read.splits, entry.read.kind)
         entries.append(entry)
-    slots = [one.name for entry in entries for one in getattr(entry.read, "slots", ())]
+    _known(asked, [one.name for entry in entries for one in getattr(entry.read, "slots", ())])
+    fed = first(entries)
+    return [entry if entry.why else _alike(entry, fed) for entry in entries], given
+
+
+def _data(data: Any) -> Data | None:
+    if data is None:
+        return None
+    read_ = sources.read if isinstance(data, str) else sources.adopt
+    return read_(data, SPLIT_SEED)
+
+
+def _known(asked: Mapping[str, Asked], slots: Sequence[str]) -> None:
     for name in asked:
         if name not in slots:
             raise InputError(
                 f"--input {name}: no file has such an input; known: "
                 f"{', '.join(dict.fromkeys(slots)) or 'none'}"
             )
-    fed = first(entries)
-    return [entry if entry.why else _alike(entry, fed) for entry in entries], given
 
 
 def _onnx(
@@ -128,11 +141,12 @@ def _onnx(
     path: Path,
     given: Data | None,
     asked: Mapping[str, Asked],
+    domains: Collection[str],
     batch: Sequence[int],
 ) -> Entry:
     found = None
     try:
-        found = onnxfile.read(path)
+        found = onnxfile.read(path, domains)
         like = inputs_like(given.splits.train.head(64)[0]) if given else ()
         return Entry(name, path, found, onnxfile.inputs(found, asked, like=like, batch=batch))
     except InputError as error:
@@ -190,6 +204,13 @@ def facts(entry: Entry) -> str:
     return digest(entry.path, *(entry.read.companions if entry.read else ()))
 
 
+def behaviour(task: Task) -> str:
+    """A digest of what the model answers to made-up examples."""
+    with one_thread(), torch.inference_mode():
+        outputs = tensors(task.model()(*map(torch.from_numpy, task.examples(2))))
+    return state_digest({str(at): output for at, output in enumerate(outputs)})
+
+
 # What is measured.
 
 
@@ -239,23 +260,44 @@ def _copied(entry: Entry, into: Path) -> Artifact:
 
 
 class Runner(nn.Module):
-    """An ONNX file that PyTorch can call; it runs on the CPU in a worker, which may die of it."""
+    """An ONNX file that PyTorch can call; it runs on the CPU in a worker, which may die of it.
+
+    The worker lives as long as this object, or until it fails; a copy starts its own.
+    """
 
     def __init__(self, path: Path, batch: int) -> None:
         super().__init__()
         self.path, self.batch = path, batch
+        self._worker: Worker | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
+        return Runner(self.path, self.batch)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The first output for a whole number of examples, first axis the example."""
-        with tempfile.TemporaryDirectory(prefix="compressor-") as name, Worker() as worker:
+        with tempfile.TemporaryDirectory(prefix="compressor-") as name:
             paths = [f"{name}/{at}.npy" for at in range(len(inputs))]
             for path, given in zip(paths, inputs, strict=True):
                 np.save(path, given.numpy())
-            where, out = str(self.path.resolve()), f"{name}/output.npy"
-            worker.ask("load", path=where, provider="cpu", threads=1)
-            worker.ask("take", inputs=paths, batch=self.batch)
-            worker.ask("predict", inputs=paths, start=0, stop=len(inputs[0]), out=out)
+            out = f"{name}/output.npy"
+            try:
+                self._started(paths).ask(
+                    "predict", inputs=paths, start=0, stop=len(inputs[0]), out=out
+                )
+            except WorkerFailed:
+                self._worker = None  # it may be gone
+                raise
             return torch.from_numpy(np.load(out))
+
+    def _started(self, inputs: list[str]) -> Worker:
+        if self._worker is None:
+            worker = Worker()
+            weakref.finalize(self, worker.close)
+            where = str(self.path.resolve())
+            worker.ask("load", path=where, provider="cpu", threads=cores())
+            worker.ask("take", inputs=inputs, batch=self.batch)
+            self._worker = worker
+        return self._worker
 
 
 def judge(
@@ -281,7 +323,9 @@ def judge(
             runner = Runner(made[entry.name].path, batch)
             try:
                 if given is None:
-                    return _unjudged(name, runner, entry, kind, metric, seed)
+                    return onnxtask.unjudged(
+                        name, runner, entry.inputs, metric=metric, kind=kind, seed=seed, batch=batch
+                    )
                 # A file that breaks is a row; only one that runs can be wrong for the data.
                 runner(*map(torch.from_numpy, given.splits.train.head(batch)[0]))
                 found = tasks(runner, data=given, metric=metric, kind=kind, seed=seed)
@@ -298,12 +342,48 @@ def judge(
     return Task(name, known, nn.Identity, source, fed, metric_of(known, metric), seed=seed)
 
 
-def _unjudged(
-    name: str, runner: Runner, entry: Entry, kind: Kind | None, metric: str | None, seed: int
-) -> Task:
-    """A task without data, whose kind the outputs tell. Raises :class:`WorkerFailed`."""
-    source = {"factory": entry.path.name, "arguments": {}}
-    task = Task(name, "regression", lambda: runner, source, entry.inputs, "mse", seed=seed)
-    shape = runner(*map(torch.from_numpy, task.examples(runner.batch))).shape
-    known = kind or ("classification" if len(shape) == 2 and shape[1] > 1 else "regression")
-    return replace(task, kind=known, metric=metric_of(known, metric))
+# The model of a run.
+
+TOGETHER = 32
+"""Examples that an ONNX file answers at a time where nothing is measured: as many as the judge of
+quantization gives to a graph."""
+
+
+@contextmanager
+def original(
+    path: Path,
+    *,
+    data: Any = None,
+    inputs: Sequence[str] = (),
+    domains: Collection[str] = (),
+    metric: str | None = None,
+    kind: Kind | None = None,
+    seed: int = 0,
+    functions: Mapping[str, Callable[..., Any]] = {},
+) -> Iterator[tuple[Task, Artifact]]:
+    """The task of the ONNX file at ``path``, and the file as it is measured while the block lasts.
+
+    That is the file itself or, made by :func:`compressor.stages.export.adopt`, one that takes any
+    batch. Raises :class:`InputError` where the file does not run, or the data does not fit it.
+    """
+    file = onnxfile.read(path, domains)
+    asked, given = onnxfile.asked(inputs), _data(data)
+    _known(asked, [slot.name for slot in file.slots])
+    given = onnxtask.suited(given, file) if given else None
+    like = inputs_like(given.splits.train.head(64)[0]) if given else ()
+    fed = onnxfile.inputs(file, asked, like=like, batch=(file.batch or 1,))
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        try:
+            # In a worker first: what follows opens the file in this process.
+            once = file.batch or 2
+            examples = (one.synthetic(once, seed + at) for at, one in enumerate(fed))
+            Runner(path, once)(*map(torch.from_numpy, examples))
+            adopted = adopt(file, fed, Path(folder) / path.stem)
+            runner = Runner(adopted.path, TOGETHER)
+            task = onnxtask.task(
+                file, runner, fed, data=given, metric=metric, kind=kind, seed=seed,
+                functions=functions,
+            )  # fmt: skip
+        except WorkerFailed as error:
+            raise InputError(f"{path} does not run: {error}") from None
+        yield task, adopted

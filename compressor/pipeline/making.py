@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact import Artifact
+from compressor.artifact import Artifact, Onnx, copy
 from compressor.errors import CompressorError, InputError, StageError, Unsuitable, one_line
 from compressor.loading import torchfile
 from compressor.measure.environment import cpu, versions
@@ -18,6 +18,7 @@ from compressor.measure.worker import peak_rss_bytes
 from compressor.pipeline.folder import Folder, key_of
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.stages import STAGES, form_taken, perform
+from compressor.stages.export import IMPORT, SUFFIX
 from compressor.task import Task
 from compressor.training.world import ALONE, Lost, World, together
 
@@ -32,6 +33,8 @@ NOTHING = {"seconds": 0.0, "peak_rss_bytes": None, "cached": False}
 class Maker:
     """Runs the steps of a recipe for one task, in one folder.
 
+    ``original`` is the model where it is an ONNX file: the baseline is a copy of it then, and there
+    are no torch artifacts.
     ``torch`` and ``onnx`` hold what was made, by name; ``skipped`` why a step made nothing, and
     ``failed`` those of them that should have; ``missed`` the targets that were out of reach;
     ``resolved`` the steps with the settings that they really used; ``stages`` and ``warnings`` what
@@ -45,8 +48,10 @@ class Maker:
         reads: str,
         say: Callable[[str], None],
         around: World = ALONE,
+        original: Artifact | None = None,
     ) -> None:
         self.around = around
+        self.original = original
         self.folder = folder
         self.say = say
         self.torch: dict[str, Artifact] = {}
@@ -74,11 +79,17 @@ class Maker:
         A step that fails and that no other starts from is a row with the reason. Otherwise raises
         :class:`StageError`; what was made before it stays remembered.
         """
-        self.say(f"{BASELINE}: export")
-        baseline = self.folder.artifacts / f"{BASELINE}{torchfile.SUFFIX}"
-        torchfile.write(baseline, self.task.model(), self.task.source)
-        self.torch[BASELINE] = Artifact.of(baseline, "torch")
-        self._export(BASELINE)
+        if self.original is None:
+            self.say(f"{BASELINE}: export")
+            baseline = self.folder.artifacts / f"{BASELINE}{torchfile.SUFFIX}"
+            torchfile.write(baseline, self.task.model(), self.task.source)
+            self.torch[BASELINE] = Artifact.of(baseline, "torch")
+            self._export(BASELINE)
+        else:
+            self.say(f"{BASELINE}: {IMPORT}")
+            copied = self._make(Step(IMPORT, {}, BASELINE, BASELINE), self.original)
+            assert copied is not None
+            self.onnx[BASELINE] = copied
         sources = {step.source for step in steps}
         for step in steps:
             self.say(f"{step.name}: {step.stage}")
@@ -90,7 +101,12 @@ class Maker:
                 self._fail(step, str(error))
 
     def float_of(self, name: str) -> Artifact:
-        """The torch artifact that ``name`` is, or was exported or quantized from."""
+        """The torch artifact that ``name`` is, or was exported or quantized from.
+
+        Raises :class:`InputError` where that is an ONNX file.
+        """
+        if self.original is not None:
+            raise InputError(f"{self.task.name} was given as ONNX, which has no gradients")
         while name not in self.torch:
             name = self._origin(name)
         return self.torch[name]
@@ -164,6 +180,8 @@ class Maker:
 
     def _performed(self, step: Step, source: Artifact, into: Path) -> Artifact:
         """The stage's work, with the other processes of the run where it trains."""
+        if step.stage == IMPORT:
+            return taken(source, into)
         if step.stage not in SHARED or self.around.size == 1:
             return perform(STAGES[step.stage], source, self.task, into, **step.settings)
         self.around.told((step, source))
@@ -195,6 +213,14 @@ class Maker:
                 ) from error
         source.checked()
         return made, {**seen, "skipped": reason}
+
+
+def taken(given: Onnx, into: Path) -> Onnx:
+    """The ONNX file that was given, byte for byte, with the files that belong to it."""
+    path = into.with_name(into.name + SUFFIX)
+    copy(given, path)
+    companions = [path.with_name(beside.name) for beside in given.companions]
+    return Artifact.of(path, "onnx", companions=companions, steps=given.steps)
 
 
 SHARED = ("distill", "sparsify", "qat")

@@ -122,7 +122,9 @@ def adopt(file: OnnxFile, inputs: Sequence[Input], into: Path) -> Onnx:
             raise _fixed(file, f"with an open one its outputs differ by {worst:.2g}")
 
     companions = graph.store(ir.from_proto(model), path, check)
-    return given.then(path, "onnx", IMPORT, {}, companions=companions, changes=changes, **found)
+    return given.then(
+        path, "onnx", IMPORT, {}, companions=companions, changes=changes, parity=found
+    )
 
 
 IMPORT = "import"
@@ -147,7 +149,7 @@ def _agreement(file: OnnxFile, opened: Path, inputs: Sequence[Input]) -> dict[st
         wanted.append(_listed(ours(*(each[whole] for each in examples))))
     joined = [np.concatenate(parts) for parts in zip(*wanted, strict=True)]
     return {
-        f"parity_{size}": apart(
+        str(size): apart(
             [each[:size] for each in joined], _listed(theirs(*(each[:size] for each in examples)))
         )
         for size in BATCHES
