@@ -9,6 +9,8 @@ from typing import Any
 # onnxruntime sends telemetry from version 1.29 on unless this stands before its first import;
 # child processes inherit it.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# DDP says on standard error of every process that all parameters were used.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 _HOMES = {
     "Artifact": "artifact",

@@ -348,8 +348,8 @@ def _bytes(tensor: TensorProto) -> int:
     if any(size < 0 for size in tensor.dims):
         raise ValueError(tensor.dims)
     item = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    bits = BITS.get(TensorProto.DataType.Name(tensor.data_type), item)
-    return -(-math.prod(tensor.dims) * int(bits) // 8)
+    bits = int(BITS.get(TensorProto.DataType.Name(tensor.data_type), item))
+    return -(-math.prod(tensor.dims) * bits // 8)
 
 
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import recipe as recipes
-from compressor.artifact import Artifact, digest, replacing, write_text
+from compressor.artifact import Artifact, replacing, write_text
 from compressor.errors import InputError
 from compressor.loading import formats, onnxfile, onnxtask
 from compressor.loading import task as tasks
@@ -36,7 +36,7 @@ from compressor.stages import STAGES, bind, fitting, form_taken
 from compressor.task import Kind, Splits, Task
 from compressor.training import logs
 from compressor.training.recovery import TRACE
-from compressor.training.world import World, joined
+from compressor.training.world import Lost, World, joined
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,9 +91,9 @@ def run(
     """Compresses ``model``, measures every artifact of the way and gives the report.
 
     ``model`` is a path or a live ``nn.Module`` (which is copied, never changed). An ONNX file is
-    its own baseline; it can be quantized, and what else there is needs the PyTorch model. ``inputs``
-    says the open axes of an ONNX file, ``NAME=SHAPE[:DTYPE[<HIGH]]``, ``domains`` which operators
-    it may have that neither ONNX nor onnxruntime defines. ``data`` is a data
+    its own baseline; it can be quantized, and all else needs the PyTorch model. ``inputs`` says the
+    open axes of an ONNX file, ``NAME=SHAPE[:DTYPE[<HIGH]]``, and ``domains`` which operators it may
+    have that neither ONNX nor onnxruntime defines. ``data`` is a data
     spec, ``(train, test)`` DataLoaders, datasets or arrays, or a dict of splits. ``teacher`` is a
     path or a module, or several; ``loss``, ``augment`` and ``metric`` may be functions. ``train``
     are further settings of the recovery (:class:`compressor.training.settings.Training`). The other
@@ -134,7 +134,7 @@ def run(
         flag = f"--input {inputs[0]!r}" if inputs else f"--domain {domains[0]!r}"
         raise InputError(f"{flag}: only ONNX files are asked for that; this is a PyTorch model")
     if given is not None:
-        measurable(given, steps, arch=arch, teacher=masters, student=student)
+        measurable(given, steps, arch=arch, teacher=masters, student=student, weights=weights)
     with joined(processes) as around, ExitStack() as stack:
         file: Artifact | None = None
         if given is not None:
@@ -336,9 +336,14 @@ def leading(around: World) -> Iterator[Callable[[Row], None]]:
     report: list[Row] = []
     try:
         yield report.append
-    finally:
-        with suppress(RuntimeError):  # of those that are gone
-            around.told(report[0] if report else {})
+    except (Lost, KeyboardInterrupt):
+        raise  # nobody is there to hear
+    except BaseException:
+        with suppress(Lost):
+            around.told({})
+        raise
+    with suppress(Lost):
+        around.told(report[0])
 
 
 def targets_of(

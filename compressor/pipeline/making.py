@@ -20,7 +20,7 @@ from compressor.recipe import BASELINE, Recipe, Step
 from compressor.stages import STAGES, form_taken, perform
 from compressor.stages.export import IMPORT, SUFFIX
 from compressor.task import Task
-from compressor.training.world import ALONE, Lost, World, together
+from compressor.training.world import ALONE, Lost, World, staged
 
 NO_DATA = (
     "no data: nothing was fine-tuned and no accuracy was measured; fidelity is on made-up inputs "
@@ -96,7 +96,7 @@ class Maker:
             try:
                 self._run(step)
             except StageError as error:
-                if step.name in sources:
+                if step.name in sources or isinstance(error, Lost):
                     raise
                 self._fail(step, str(error))
 
@@ -185,7 +185,7 @@ class Maker:
         if step.stage not in SHARED or self.around.size == 1:
             return perform(STAGES[step.stage], source, self.task, into, **step.settings)
         self.around.told((step, source))
-        with together(self.around):
+        with staged(self.around, step.name):
             return perform(STAGES[step.stage], source, self.task, into, **step.settings)
 
     def _made(self, step: Step, source: Artifact) -> tuple[Artifact | None, dict[str, Any]]:
@@ -202,7 +202,7 @@ class Maker:
                 if step.stage == "quantize" and _changed(best) != before:
                     raise KeyboardInterrupt(f"the best of {step.name} so far is {best}") from None
                 raise
-            except InputError:
+            except (InputError, Lost):
                 raise
             except CompressorError as error:
                 raise StageError(f"step {step.name!r}: {error}") from error
@@ -236,12 +236,12 @@ def follow(task: Task, around: World) -> Any:
         step, source = order
         with tempfile.TemporaryDirectory(prefix="compressor-follow-") as scratch:
             try:
-                with together(around):
+                with staged(around, step.name):
                     into = Path(scratch) / step.name
                     perform(STAGES[step.stage], source, task, into, **step.settings)
             except Lost:
                 raise
-            except CompressorError:
+            except Exception:
                 continue  # the leader met the same, and says so
     if not order:
         raise StageError("the first process of this run stopped: its own messages say why")

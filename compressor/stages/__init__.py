@@ -31,7 +31,7 @@ from compressor.stages.sparsify import sparsify
 from compressor.stages.student import student
 from compressor.stages.student import suited as taught
 from compressor.task import Task
-from compressor.training.settings import Training, together
+from compressor.training.settings import Training, together, unsharded
 
 Stage = Callable[..., Artifact]
 
@@ -51,8 +51,8 @@ TRAINING = tuple(field.name for field in fields(Training))
 
 CHECKS: dict[str, Callable[..., object]] = {
     "distill": together,
-    "sparsify": together,
-    "qat": together,
+    "sparsify": unsharded,
+    "qat": unsharded,
     "prune": asked,
     "mask": fraction,
     "quantize": fitted,

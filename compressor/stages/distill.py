@@ -65,13 +65,13 @@ def distill(
 
         def again(part: Task) -> nn.Module:
             one, _ = torchfile.open_model(artifact, part)
-            with held(one, artifact):
+            with held(one, artifact, how.shard):
                 recover(one, part, how, aim, keep="last")
             return one
 
         facts["folds"] = crossed(task, folds, again)
     key = f"{artifact.digest} {how.to_json()} {aim} {task.reads} {task.seed}"
-    with held(model, artifact):
+    with held(model, artifact, how.shard):
         fitted = recover(model, task, how, aim, into=into, key=key)
     path = into.with_name(into.name + torchfile.SUFFIX)
     torchfile.write(path, model, torchfile.origin(artifact), edits)

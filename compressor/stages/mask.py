@@ -196,7 +196,7 @@ def _beyond(weight: Weight, n: int, m: int) -> Tensor:
 
 
 @contextmanager
-def held(model: nn.Module, artifact: Artifact) -> Iterator[None]:
+def held(model: nn.Module, artifact: Artifact, shard: bool = False) -> Iterator[None]:
     """While this is open training leaves the zeros of a mask where they are, bit for bit.
 
     Their gradients become zero, and what never had another gradient is not moved by Adam, nor by
@@ -204,6 +204,8 @@ def held(model: nn.Module, artifact: Artifact) -> Iterator[None]:
     from; where none of its steps is a mask nothing is held.
     """
     masked = any(step["stage"] == "mask" for step in artifact.steps)
+    if masked and shard:
+        raise InputError("shard = true: the zeros of sharded weights are not held: remove it")
     hooks = [
         one.parameter.register_hook(  # type: ignore[no-untyped-call]
             lambda gradient, gone=gone: gradient.masked_fill(gone, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from compressor.loading.task import first
 from compressor.metrics import Metric, Scores, scores, value
 from compressor.task import Array, Split
-from compressor.training.world import here
+from compressor.training.world import ALONE, here, together
 
 EVALUATED = 8 << 20
 """Bytes of inputs that are evaluated together: what a network makes of them is many times that,
@@ -23,10 +24,16 @@ def evaluate(model: nn.Module, split: Split, how: Metric) -> float:
 
     Processes that train together share the examples.
     """
-    each = scored(model, split, how)
-    if each is not None:
-        return float(each.mean())
-    return value(how, *_all(model, split))
+    with _shared(split):
+        each = scored(model, split, how)
+        if each is not None:
+            return float(each.mean())
+        return value(how, *_all(model, split))
+
+
+def _shared(split: Split) -> AbstractContextManager[None]:
+    """Around the evaluation of a split; each does one that is too small to share on its own."""
+    return together(here() if len(split) >= here().size else ALONE)
 
 
 def _all(model: nn.Module, split: Split) -> tuple[Array, Array]:

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import clip_grad_norm_
 
 from compressor.errors import StageError
 from compressor.measure.threads import threads_for
@@ -27,7 +26,7 @@ from compressor.training.evaluation import evaluate
 from compressor.training.loader import automatic, batches, resident
 from compressor.training.mixing import mix
 from compressor.training.optimisers import OPTIMISERS, scheduled
-from compressor.training.placing import Placed, compiling, undisturbed
+from compressor.training.placing import Placed, clipped, compiling, undisturbed
 from compressor.training.saved import Stand
 from compressor.training.settings import Training
 from compressor.training.world import World, here, reduced
@@ -142,7 +141,7 @@ def fit(
         open_.enter_context(undisturbed())
         open_.enter_context(compiling(training))
         placed = Placed(model, training, world)
-        net, device = placed.net, placed.device
+        device = placed.device
         aside = [parameter for one in beside for parameter in one.parameters()]
         moved = [one for one in placed.inner.parameters() if one.requires_grad]
         optimiser = OPTIMISERS[training.optimizer]([*moved, *aside], training)
@@ -152,11 +151,18 @@ def fit(
         changed = _changed(training, splits, functions)
         workers = automatic(train) if training.workers is None else training.workers
         order = np.random.default_rng(seed)
-        least = _least(model, world)
+        least = _least(model)
         count = len(_steps(np.arange(len(train)), training.batch_size, least))
         schedule = scheduled(optimiser, training, epochs * math.ceil(count / training.accumulate))
         looks = 1 if device.type == "cpu" and world.size == 1 else LOOKS
 
+        def minimised(net: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+            value = objective(net, batch)
+            if not training.l1:
+                return value.detach(), value
+            return value.detach(), value + training.l1 * sum(one.abs().sum() for one in moved)
+
+        stepped = placed.joint(minimised, beside)
         stand = Stand(placed, optimiser, schedule, scaler, average, beside)
         best, kept, found = evaluate(placed.inner, splits.validate, how), placed.state(), 0
         history: list[Epoch] = []
@@ -186,7 +192,8 @@ def fit(
             torch.manual_seed(_seed(seed, epoch, world.rank))
             placed.inner.train()
             steps = _steps(order.permutation(len(train)), training.batch_size, least)
-            shares = [world.mine(at) for at in steps]
+            # A step too small to share is everybody's.
+            shares = [world.mine(at) if len(at) >= least * world.size else at for at in steps]
             fed = batches(train, shares, workers=workers, pin=device.type == "cuda")
             open_.callback(fed.close)
             unseen: list[Tensor] = []
@@ -196,28 +203,27 @@ def fit(
                 batch = changed(_laid(given, share, device, training.channels_last))
                 window = _window(steps, number, training.accumulate)
                 last = step is window[-1]
-                part = len(batch.at) * world.size / sum(map(len, window))
+                own = len(share) if len(share) < len(step) else len(step) / world.size
+                part = own * world.size / sum(map(len, window))
                 with placed.quiet(last):
                     with torch.autocast(device.type, half) if half else nullcontext():
-                        value = objective(net, batch)
-                    mean = value.detach()
-                    unseen.append(mean if world.size == 1 else mean * (len(share) / len(step)))
+                        mean, value = stepped(batch)
+                    unseen.append(mean if world.size == 1 else mean * (own / len(step)))
                     if len(unseen) == looks or step is steps[-1]:
                         first = number + 1 - len(unseen)
                         for at, one in enumerate(_looked(unseen, world), first):
                             check("loss", one, f"epoch {epoch}, step {at + 1}")
                             total, seen = total + one * len(steps[at]), seen + len(steps[at])
                         unseen.clear()
-                    if training.l1:
-                        value = value + training.l1 * sum(one.abs().sum() for one in moved)
-                    scaler.scale(value if part == 1 else value * part).backward()  # type: ignore[no-untyped-call]
+                    scaler.scale(value if part == 1 else value * part).backward()
                 watch.stepped()
                 if not last:
                     continue
-                reduced([one.grad for one in aside], world)
+                if training.shard:
+                    reduced([one.grad for one in aside], world)
                 if training.clip:
                     scaler.unscale_(optimiser)
-                    clip_grad_norm_([*moved, *aside], training.clip)
+                    clipped([*moved, *aside], training.clip)
                 scaler.step(optimiser)
                 scaler.update()
                 optimiser.zero_grad(set_to_none=True)
@@ -234,6 +240,7 @@ def fit(
             sound = all(bool(one.isfinite().all()) for one in moved)
             check("weights", 0.0 if sound else math.nan, f"epoch {epoch}")
             with average.worn() if average else nullcontext():
+                world.alike(placed.inner.buffers())  # batch statistics are each process's own
                 reached = evaluate(placed.inner, splits.validate, how)
                 judged = placed.state()
             # Not while the average is worn: taking it off would undo what is put back.
@@ -282,10 +289,9 @@ def _steps(order: Positions, size: int, least: int) -> list[Positions]:
     return [part for part in parts if len(part) >= least] or parts
 
 
-def _least(model: nn.Module, world: World) -> int:
-    """Examples that a step needs: one for each process, two where statistics are taken of them."""
-    normal = any(isinstance(module, _BatchNorm) for module in model.modules())
-    return world.size * (2 if normal else 1)
+def _least(model: nn.Module) -> int:
+    """Examples that a process needs for a step: two where statistics are taken of them."""
+    return 2 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 1
 
 
 def _window(steps: list[Positions], number: int, accumulate: int) -> list[Positions]:

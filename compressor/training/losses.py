@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError, one_line
 from compressor.task import KINDS, UNLABELLED, Kind
+from compressor.training.world import here
 
 TARGET, OTHERS = 1.0, 8.0
 """Weights of the two parts of decoupled distillation (Zhao et al. 2022, table 4): alpha, beta."""
@@ -227,7 +228,9 @@ def hinted(features: tuple[Pair, ...]) -> Tensor:
     shares = []
     for pair in features:
         goal = _full(pair.teacher)
-        power = goal.square().mean()
+        power = torch.stack([goal.square().sum(), goal.new_tensor(goal.numel())])
+        here().sums(power)  # of the whole batch: a share's own would weigh examples by their share
+        power = power[0] / power[1]
         power = power.where(power > 0, torch.inf)  # a dead layer teaches nothing
         shares.append(F.mse_loss(_full(pair.adapted), goal) / power)
     return torch.stack(shares).mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -38,39 +38,39 @@ class Placed:
             # Statistics of the whole batch; on the CPU PyTorch has none, and each process its own.
             convert = nn.SyncBatchNorm.convert_sync_batchnorm
             self.inner = convert(self.inner)  # type: ignore[no-untyped-call]
-        self.net: Any = self._wrapped()
-        if training.compile:
-            self.net = torch.compile(self.net)
-
-    def _wrapped(self) -> nn.Module:
         if self._sharded:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            mesh = init_device_mesh(self.device.type, (self._world.size,))
+            mesh = init_device_mesh(self.device.type, (world.size,))
             fully_shard(self.inner, mesh=mesh)
-            return self.inner
-        moved = any(parameter.requires_grad for parameter in self.inner.parameters())
-        if self._world.size == 1 or not moved:
-            return self.inner
+        self.net: Any = torch.compile(self.inner) if training.compile else self.inner
+        self._around: Any = None  # what averages gradients, where something has to
+
+    def joint(self, objective: Any, beside: Sequence[nn.Module]) -> Any:
+        """``objective(net, batch)`` as a function of the batch alone, whose backward pass averages
+        the gradients of the model, and of the modules ``beside``, over the processes."""
+        step = _Step(self.inner, self.net, objective, beside)
+        moved = any(parameter.requires_grad for parameter in step.parameters())
+        if self._world.size == 1 or self._sharded or not moved:
+            return step
         from torch.nn.parallel import DistributedDataParallel
 
         cuda = self.device.type == "cuda"
-        # Unused parameters, of an auxiliary head for example, are looked for at every step: the
-        # models are somebody else's.
-        return DistributedDataParallel(
-            self.inner, device_ids=[self.device] if cuda else None, find_unused_parameters=True
+        # The objective is inside: what it leaves out of a model that is somebody else's (an
+        # auxiliary head, all behind a hint) is looked for at every step in what it gave.
+        self._around = DistributedDataParallel(
+            step, device_ids=[self.device] if cuda else None, find_unused_parameters=True
         )
+        return self._around
 
     def quiet(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward pass: gradients are averaged over the processes in the ``last`` of
         those that are accumulated."""
-        if self._world.size == 1:
-            return nullcontext()
         if self._sharded:
             self.inner.set_requires_gradient_sync(last)  # type: ignore[operator]
             return nullcontext()
-        return nullcontext() if last else self.net.no_sync()
+        return nullcontext() if last or self._around is None else self._around.no_sync()
 
     def state(self) -> State:
         """A copy of all weights and buffers, whole, in every process."""
@@ -106,10 +106,40 @@ class Placed:
         model.eval()
 
 
+class _Step(nn.Module):
+    """An objective, with the modules that it moves."""
+
+    def __init__(
+        self, inner: nn.Module, net: Any, objective: Any, beside: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.inner, self.beside = inner, nn.ModuleList(beside)
+        self._run: Callable[[Any], Any] = lambda batch: objective(net, batch)
+
+    def forward(self, batch: Any) -> Any:
+        return self._run(batch)
+
+
 def device_for(training: Training) -> torch.device:
     """The device that ``training.device`` stands for here."""
     cuda = training.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def clipped(parameters: Sequence[nn.Parameter], limit: float) -> None:
+    """Scales gradients to a norm of ``limit`` over all, where it is more; some may be sharded."""
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(one, DTensor) for one in parameters):
+        nn.utils.clip_grad_norm_(parameters, limit)
+        return
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    norms = [torch.linalg.vector_norm(one) for one in gradients]
+    whole = [one.full_tensor() if isinstance(one, DTensor) else one for one in norms]
+    share = limit / (float(torch.stack(whole).norm()) + 1e-6)
+    if share < 1:
+        for gradient in gradients:
+            gradient.mul_(share)
 
 
 @contextmanager

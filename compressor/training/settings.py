@@ -70,6 +70,13 @@ class Training:
 DEFAULT = Training()
 
 
+def unsharded(**settings: Any) -> None:
+    """As :func:`together`, of a stage that looks at whole weights at every step."""
+    together(**settings)
+    if settings["shard"]:
+        raise InputError("shard = true: whole weights are looked at in every step: remove it")
+
+
 def together(**settings: Any) -> None:
     """Raises :class:`InputError` for settings that do not go together, or do not run here; those of
     a stage's own may be among them."""
@@ -87,6 +94,9 @@ def together(**settings: Any) -> None:
     if training.shard and training.ema:
         raise InputError(f"ema = {training.ema:g}: no average of sharded weights is kept: remove "
                          "ema, or shard")  # fmt: skip
+    if training.shard and training.l1:
+        raise InputError(f"l1 = {training.l1:g}: the sum of sharded weights is not taken: remove "
+                         "l1, or shard")  # fmt: skip
     if training.shard and training.compile:
         raise InputError("compile = true: sharded weights are not compiled: remove one of both")
     if training.optimizer == "nesterov" and not training.momentum:

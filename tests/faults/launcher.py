@@ -1,14 +1,14 @@
 """A process that has imported everything and forks one ``compressor`` command after another.
 
-So that a fault hits the work and not the imports. It reads a request a line, JSON:
-``{"argv", "cwd", "stdout", "stderr", "limits", "strike"}``; answers with the process id, and once
-that has ended with its exit code. ``strike`` is ``[SIGNAL, COUNT, FOLDER]``: the command sends
-itself the signal before its COUNT-th change of a name in FOLDER. What it begins is written to the
-file ``stages`` of the working folder.
+So that a fault hits the work and not the imports. It is started with a model file to warm up on,
+reads a request a line, JSON, and answers with the process id, and with the exit code once that has
+ended. ``strike`` is ``[SIGNAL, COUNT, FOLDER]``: the command sends itself the signal before its
+COUNT-th change of a name in FOLDER. What it begins is written to ``stages`` in its folder.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -21,6 +21,9 @@ from typing import Any
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open")
 """Audit events of Python by which names in a folder change; of ``open`` those that may create."""
+
+OVERRIDE = 0b110
+"""Capabilities by which root reads and writes what its permissions forbid."""
 
 
 def warm(model: str) -> None:
@@ -54,6 +57,18 @@ def strike(number: int, count: int, folder: str) -> None:
     sys.addaudithook(audit)
 
 
+def plain() -> None:
+    """Makes permissions hold for root, too; of others they do."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: low words, then high ones
+    if libc.capget(head, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    sets[0] &= ~OVERRIDE
+    if libc.capset(head, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 @contextmanager
 def told() -> Iterator[Callable[[int, int, str], None]]:
     """Progress that is written to a file, a line for what begins."""
@@ -67,20 +82,24 @@ def command(request: dict[str, Any]) -> None:
 
     os.setsid()
     os.chdir(request["cwd"])
-    for handle, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
-        flags = os.O_RDONLY if handle == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    os.environ["COMPRESSOR_TEST"] = request["cwd"]
+    os.environ["TMPDIR"] = tempfile.tempdir = request["cwd"]
+    for handle, name in enumerate((os.devnull, "stdout", "stderr")):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if handle else os.O_RDONLY
         os.dup2(os.open(name, flags, 0o644), handle)
-    for name, value in request.get("limits", {}).items():
-        resource.setrlimit(getattr(resource, name), (value, value))
     sys.argv = ["compressor", *request["argv"]]
     cli.progress = told
+    for name, value in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if request.get("plain"):
+        plain()
     if request.get("strike"):
         strike(*request["strike"])
-    code = 0
+    code = 70
     try:
         cli.main()
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        code = ended.code if isinstance(ended.code, int) else 0
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -89,7 +108,8 @@ def command(request: dict[str, Any]) -> None:
 def main() -> None:
     """Serves until standard input ends."""
     warm(sys.argv[1])
-    print(json.dumps({"threads": len(os.listdir("/proc/self/task"))}), flush=True)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    print(json.dumps({"threads": threads}), flush=True)  # forked with more, some would be missing
     for line in sys.stdin:
         pid = os.fork()
         if not pid:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -84,6 +84,7 @@ def test_plain_values_are_the_settings(given: dict[str, Any]) -> None:
 @given(given=FIT)
 @examples(max_examples=40)
 def test_a_recipe_binds_what_was_given(stage: str, given: dict[str, Any]) -> None:
+    assume(stage == "distill" or not given.get("shard"))  # the others refuse it
     whole = bound(Step(stage, given, name="mine"))
     found = {name: whole.settings[name] for name in TRAINING}
     base = {name: default for name, (_, default) in settings_of(STAGES[stage]).items()}
