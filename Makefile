@@ -23,10 +23,10 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What else a model may run in: these tests are skipped where it is not installed.
+# What else a model may run in or come from: these tests are skipped where it is not installed.
 runtimes: $(VENV)/.test
-	$(PIP) -e '.[test,openvino]'
-	$(BIN)/python -m pytest tests/test_measure_runtime.py tests/test_measure_placement.py tests/pipeline/test_runtimes.py
+	$(PIP) -e '.[test,openvino,transformers]'
+	$(BIN)/python -m pytest tests/test_measure_runtime.py tests/test_measure_placement.py tests/pipeline/test_runtimes.py tests/loading/test_hub.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
