@@ -173,9 +173,8 @@ def _decoded(path: str, size: int, gray: bool, content: bytes | None = None) -> 
             image.draft(None, (4 * size, 4 * size))
             pixels = np.asarray(_squared(_plain(image, gray), size))
     except Exception as error:  # Pillow and its decoders raise a dozen types on a broken file
-        raise InputError(
-            f"{path} cannot be decoded: {one_line(error)}: replace or remove it"
-        ) from None
+        why = one_line(error).partition(" <_io")[0]  # where in memory it was is no help
+        raise InputError(f"{path} cannot be decoded: {why}: replace or remove it") from None
     return pixels.reshape(size, size, -1)
 
 

@@ -34,6 +34,10 @@ LISTED = 8
 """Entries of a list that are written out; a network may have hundreds of layers to name."""
 
 
+ELSEWHERE = ("training", "history")
+"""Facts that have a table or a picture of their own."""
+
+
 def best(document: Document) -> str:
     """The name of the recommended artifact; the first, the reference, where none is marked."""
     artifacts = document["artifacts"]
@@ -246,10 +250,15 @@ def _made(document: Document) -> Iterator[str]:
             if step in shown:
                 continue
             shown.append(step)
-            settings = ", ".join(f"{escaped(k)} = {_value(v)}" for k, v in step["settings"].items())
+            settings = ", ".join(
+                f"{escaped(key)} = {_value(value)}"
+                for key, value in step["settings"].items()
+                if value not in (None, False, [])  # most of what a stage can do is left out
+            )
             lines.append(f"- **{escaped(step['stage'])}** {settings}".rstrip())
             for key, value in step.get("facts", {}).items():
-                lines += _fact(key, value)
+                if key not in ELSEWHERE:
+                    lines += _fact(key, value)
         if artifact["fidelity"]:
             lines.append(f"- {_fidelity(artifact['fidelity'])}")
         if artifact["within_budget"] is not None:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from running import Launcher, shas, sound
+from running import Case, Launcher, shas, sound
 
 from compressor.demo import demo
-
-
-class Case(NamedTuple):
-    """A command without its ``--out``, and the digests that it ends with."""
-
-    words: tuple[str, ...]
-    shas: dict[str, str]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import pytest
@@ -23,6 +23,13 @@ from compressor.report import FILE, Report
 MARK = "COMPRESSOR_TEST"
 WAIT = 120
 """Seconds that a run may take, beside busy neighbours: only what hangs takes so long."""
+
+
+class Case(NamedTuple):
+    """A command without its ``--out``, and the digests that it ends with."""
+
+    words: tuple[str, ...]
+    shas: dict[str, str]
 
 
 class Launcher:

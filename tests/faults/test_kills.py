@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Case
-from running import Launcher, litter, shas, sound
+from running import Case, Launcher, litter, shas, sound
 
 KILLED = -signal.SIGKILL
 
