@@ -446,6 +446,10 @@ def doctor() -> None:
             print(f"{name:14} {version}")
         print(f"{'cpu':14} {cpu['model']}, {cpu['cores']} cores")
         print(f"{'features':14} {' '.join(cpu['features']) or 'none of those that matter'}")
+        from compressor.loading import guard
+
+        held = [name for name, holds in guard.holding().items() if holds]
+        print(f"{'guard':14} files are read with limits on {', '.join(held) or 'time alone'}")
         with Worker() as worker:
             present = worker.ask("providers")["providers"]
         for name, (runtime, provider) in PLACES.items():

@@ -257,12 +257,12 @@ def fit(
                 "examples_per_s": round(seen / trained, 1),
             }
             spent = time.monotonic() - began
+            watch.wrote(epoch, history[-1])  # first: what is written again is dropped before
             due = time.monotonic() - written >= SAVED
             if resume and due and world.leader and not training.shard:
                 written = time.monotonic()
                 stands = zip(KEPT, (history, best, found, spent), strict=True)
                 stand.write(*resume, kept, dict(stands))
-            watch.wrote(epoch, history[-1])
             watch.shown(history[-1], epochs, spent)
         placed.put(kept)
         placed.back(model)
