@@ -69,7 +69,8 @@ def run(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, mnist:DIR, arrays:FILE.npz, PKG.MOD:FUNCTION, ./file.py:function"
+            help="digits, mnist:DIR, images:DIR, table:FILE.csv?target=COLUMN, arrays:FILE.npz, "
+            "PKG.MOD:FUNCTION, ./file.py:function"
         ),
     ] = None,
     arch: Arch = None,

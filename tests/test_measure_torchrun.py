@@ -20,7 +20,7 @@ from compressor import loading, zoo
 from compressor.artifact import Artifact
 from compressor.errors import InputError
 from compressor.loading import torchfile
-from compressor.loading.task import LIVE
+from compressor.loading.formats import LIVE
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.runtime import ProviderAbsent, Session, open_session
 from compressor.measure.torchrun import Torch

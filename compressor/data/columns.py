@@ -6,7 +6,7 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,9 @@ TEXT_AT_MOST = 1 << 30
 
 HELD_AT_MOST = 4 << 30
 """Bytes of the columns of a Parquet file that are held in memory."""
+
+BLOCK = 1 << 23
+"""Bytes of a CSV file that are parsed at once; a row cannot be longer."""
 
 COLUMNS_AT_MOST = 20_000
 HEADER_AT_MOST = 1 << 20
@@ -79,7 +82,7 @@ def arrow(part: str = "") -> Any:
 
 
 @contextmanager
-def reading(path: Path) -> Any:
+def reading(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside becomes one :class:`InputError` that names the file."""
     try:
         yield
@@ -147,8 +150,7 @@ def _csv(
     wanted = chosen(names, only, leave, path)
     table = reader.read_csv(
         pa.OSFile(str(path)) if content is None else pa.BufferReader(content),
-        # A row cannot be longer than a block.
-        reader.ReadOptions(block_size=1 << 23),
+        reader.ReadOptions(block_size=BLOCK),
         reader.ParseOptions(delimiter=separator, newlines_in_values=True),
         reader.ConvertOptions(
             include_columns=wanted,
@@ -211,20 +213,21 @@ def chosen(
     names: Sequence[str], only: Sequence[str] | None, leave: Sequence[str], path: Path
 ) -> list[str]:
     """The columns that are read."""
-    twice = sorted({name for name in names if names.count(name) > 1}) if _repeats(names) else []
-    if twice:
-        raise InputError(f"{path} has the column {shown(twice[0])} twice: rename one")
-    for name in (*(only or ()), *leave):
-        if name not in names:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InputError(f"{path} has the column {shown(name)} twice: rename one")
+        seen.add(name)
+    asked = [*(only or ()), *leave]
+    for name in asked:
+        if asked.count(name) > 1:
+            raise InputError(f"column {shown(name)} is asked for twice: name it once")
+        if name not in seen:
             known = ", ".join(shown(each, 30) for each in names[:8])
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             hint = ": say separator=" if len(names) == 1 else ""
             raise InputError(f"{path} has no column {shown(name)}, only {known}{more}{hint}")
     return list(only) if only is not None else [name for name in names if name not in {*leave}]
-
-
-def _repeats(names: Sequence[str]) -> bool:
-    return len(set(names)) < len(names)
 
 
 # --- columns
@@ -338,7 +341,10 @@ def targets(
     places = {value: at for at, value in enumerate(classes)}
     strange = [value for value in values if value not in places]
     if strange:
-        raise InputError(f"{where} holds {some(strange)}, which train has not: remove those rows")
+        raise InputError(
+            f"{where} holds {some(strange)}, none of train's classes ({some(classes)}): remove "
+            "those rows"
+        )
     order = np.array([places[value] for value in values], np.int64)
     kind: Kind = asked or (two if len(classes) == 2 else "classification")
     return Targets(order[found], kind, 1 if kind == "binary" else len(classes), classes)

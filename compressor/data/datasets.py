@@ -204,29 +204,49 @@ def _rows(paths: list[Path], wanted: list[str]) -> Rows:
 
 
 def _mapped(path: Path, wanted: list[str]) -> list[Any]:
-    """The batches of an Arrow file, of a stream (what ``save_to_disk`` writes) or with an index."""
+    """The batches of an Arrow stream, which is what ``save_to_disk`` writes, where they lie."""
     pa, ipc = arrow(), arrow(".ipc")
-    size = path.stat().st_size
-    with reading(path):
-        source = pa.memory_map(str(path))
-        indexed = source.read(6) == b"ARROW1"
+    with reading(path), pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            raise InputError(f"{path} is of Feather's form: save the data set with save_to_disk")
         source.seek(0)
-        open_ = ipc.open_file if indexed else ipc.open_stream
-        names = open_(source).schema.names
+        messages = ipc.MessageReader.open_stream(source)
+        if any(_compressed(message) for message in messages):
+            raise InputError(f"{path} is compressed, which cannot be mapped: save it without")
+        source.seek(0)
+        names = ipc.open_stream(source).schema.names
         columns.chosen(names, wanted, (), path)
         source.seek(0)
         places = sorted(names.index(name) for name in wanted)
         options = ipc.IpcReadOptions(included_fields=places)
-        given = open_(source, options=options)
-        batches, held = [], 0
-        every = map(given.get_batch, range(given.num_record_batches)) if indexed else given
-        for batch in every:
-            held += batch.nbytes
-            # What is mapped takes no more than its file; what is packed is held in memory.
-            if held > max(size, HELD_AT_MOST):
-                raise InputError(f"{path} is compressed, of {held:,} bytes: save it without")
-            batches.append(batch.select(wanted))
-    return batches
+        return [batch.select(wanted) for batch in ipc.open_stream(source, options=options)]
+
+
+def _compressed(message: Any) -> bool:
+    """Whether the buffers of a batch are packed; pyarrow would unpack them, of any size, unasked.
+
+    Field 3 of a RecordBatch says so (Message.fbs of the Arrow project): a batch is field 2 of its
+    message, of a dictionary it is field 1 of that.
+    """
+    if message.type not in ("record batch", "dictionary"):
+        return False
+    data = message.metadata.to_pybytes()
+
+    def field(table: int, number: int) -> int:
+        """Where a field of a FlatBuffers table is; 0 where it is not."""
+        about = table - int.from_bytes(data[table : table + 4], "little", signed=True)
+        entry = about + 4 + 2 * number
+        size = int.from_bytes(data[about : about + 2], "little")
+        offset = int.from_bytes(data[entry : entry + 2], "little") if entry < about + size else 0
+        return table + offset if offset else 0
+
+    def follow(place: int) -> int:
+        return place + int.from_bytes(data[place : place + 4], "little")
+
+    batch = follow(field(follow(0), 2))
+    if message.type == "dictionary":
+        batch = follow(field(batch, 1))
+    return field(batch, 3) != 0
 
 
 def _classes(root: Path, path: Path, rows: Rows, target: str | None) -> tuple[int, ...] | None:

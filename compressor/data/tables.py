@@ -71,7 +71,7 @@ def table(
     held = read(path, leave=drop, separator=separator)
     if target in drop:
         raise InputError(f"option drop={','.join(drop)} holds the target: keep it")
-    if target not in held.column_names:
+    if target not in held.column_names:  # which says what there is
         read(path, only=[target], separator=separator)
     names = [name for name in held.column_names if name != target]
     if not names:
@@ -82,6 +82,7 @@ def table(
     answers, count, other = told.values, len(held), None
     if test is not None:
         beside = Path(test).expanduser()
+        held = _wide(held, target)
         more = _alike(beside, held, target, separator)
         answers = np.concatenate([answers, _answers(more[target], target, beside, told)])
         other = np.arange(count, len(answers))
@@ -119,26 +120,36 @@ def _refuse(name: str, kind: Any, path: Path) -> None:
 
 
 def _alike(path: Path, held: Any, target: str, separator: str | None) -> Any:
-    """The columns of a second file, of the same types as those of the first."""
-    pa = arrow()
+    """The columns of a second file, the inputs of the types that :func:`_wide` made of the first.
 
-    def wide(field: Any) -> Any:
-        # A column of whole numbers may hold others in a second file.
-        kind = field.type
-        narrow = pa.types.is_integer(kind) and field.name != target
-        return pa.float64() if narrow else kind
-
-    types = {field.name: wide(field) for field in held.schema}
+    The target keeps its own: what is not among the classes must be noticed.
+    """
+    types = {field.name: field.type for field in held.schema}
     more = read(path, only=held.column_names, separator=separator, types=types)
+    boolean = arrow().types.is_boolean
     for name, kind in types.items():
         seen = more.schema.field(name).type
-        if not (is_number(kind) and is_number(seen)) and not (is_text(kind) and is_text(seen)):
+        both_numbers = is_number(kind) and is_number(seen) and boolean(kind) == boolean(seen)
+        if not both_numbers and not (is_text(kind) and is_text(seen)):
             raise InputError(
                 f"{path}: column {shown(name)} is of type {seen!s:.40}, in train of {kind!s:.40}: "
                 "make them alike"
             )
+    fields = [more.schema.field(target) if field.name == target else field for field in held.schema]
     with reading(path):
-        return more.cast(held.schema, safe=False)
+        return more.cast(arrow().schema(fields), safe=False)
+
+
+def _wide(held: Any, target: str) -> Any:
+    """The table with whole numbers as others: in a second file the column may hold such."""
+    pa = arrow()
+    fields = [
+        field.with_type(pa.float64())
+        if pa.types.is_integer(field.type) and field.name != target
+        else field
+        for field in held.schema
+    ]
+    return held.cast(pa.schema(fields), safe=False)
 
 
 def _answers(column: Any, name: str, path: Path, told: Targets) -> Array:

@@ -20,7 +20,14 @@ from compressor.loading.checkpoint import LARGEST_EXAMPLE
 from compressor.task import Input
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+    from onnx import (
+        FunctionProto,
+        GraphProto,
+        ModelProto,
+        NodeProto,
+        TensorProto,
+        ValueInfoProto,
+    )
 
 SUFFIX = ".onnx"
 
@@ -44,6 +51,29 @@ DOMAINS = {
     *("com.microsoft", "com.microsoft.nchwc"),
 }
 """Whose operators ONNX or onnxruntime defines; what others do, no file can say."""
+
+BESIDE: dict[str, tuple[int, ...]] = {
+    "BatchNormalization": (3, 4),
+    "Clip": (1, 2),
+    "ConvInteger": (2, 3),
+    "DequantizeLinear": (1, 2),
+    "DynamicQuantizeLSTM": (8, 9, 10, 11),
+    "DynamicQuantizeMatMul": (2, 3),
+    "GatherBlockQuantized": (2, 3),
+    "MatMulInteger": (2, 3),
+    "MatMulIntegerToFloat": (2, 3, 4, 5),
+    "MatMulNBits": (2, 3),
+    "Pad": (1, 2),
+    "QLinearConv": (1, 2, 4, 5, 6, 7),
+    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
+    "QuantizeLinear": (1, 2),
+    "Resize": (1, 2),
+}
+"""Where operators read constants that are no parameters: scales, zero points, running statistics,
+bounds."""
+
+CODES = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+"""Integers that stand for numbers wherever they are read; wider ones where they are decoded."""
 
 NESTING = 16
 """Graphs within graphs (branches, loop bodies), and functions that call functions."""
@@ -83,12 +113,19 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What :func:`read` found. ``last`` is the operator that the first output comes from;
-    ``listed`` says that constants stand among the inputs, as they had to in old files."""
+    """What :func:`read` found.
+
+    ``params`` are the elements of the constants that nodes compute with: no running statistics,
+    scales and bounds, and nothing without an axis. What an exporter folded into other constants is
+    gone: batch normalisation behind a convolution has no parameters left. ``last`` is the operator
+    that the first output comes from; ``listed`` says that constants stand among the inputs, as they
+    had to in old files.
+    """
 
     path: Path
     slots: tuple[Slot, ...]
     companions: tuple[Path, ...]
+    params: int
     last: str = ""
     listed: bool = False
 
@@ -130,6 +167,7 @@ def read(path: Path, domains: Collection[str] = ()) -> OnnxFile:
         path,
         tuple(_slot(path, value, graph) for value in given),
         _companions(path, model),
+        params_of(model),
         _last(graph),
         len(given) < len(graph.input),
     )
@@ -210,7 +248,9 @@ def _input(file: OnnxFile, slot: Slot, given: Mapping[str, Asked], batch: Sequen
             )
         rest = one.shape if rest is None else rest
     if one and not _fits(rest, slot.dtype, one):
-        raise InputError(f"{of} is {slot}; an example of --input or --data is {one}")
+        last = len(one.shape) > 2 and _fits(rest, slot.dtype, Asked((*one.shape[1:], one.shape[0])))
+        turned = ": the file has channels last, give such data" if last else ""
+        raise InputError(f"{of} is {slot}; an example of --input or --data is {one}{turned}")
     shape = one.shape if one else tuple(int(size) for size in rest)
     if math.prod(shape) > LARGEST_EXAMPLE or 0 in shape:
         raise InputError(f"{of} of shape {'x'.join(map(str, shape))} cannot be meant: check it")
@@ -270,10 +310,10 @@ def _last(graph: GraphProto) -> str:
 def _check_operators(path: Path, model: ModelProto, domains: Collection[str]) -> None:
     """Domains, nesting and functions; see :func:`read`."""
     calls = {
-        (one.domain, one.name): Counter((node.domain, node.op_type) for node in _nodes(path, one))
+        (one.domain, one.name): Counter((node.domain, node.op_type) for node in nodes_of(one, path))
         for one in model.functions
     }
-    whole = Counter((node.domain, node.op_type) for node in _nodes(path, model.graph))
+    whole = Counter((node.domain, node.op_type) for node in nodes_of(model.graph, path))
     for held in (whole, *calls.values()):
         for domain, name in held:
             if domain not in domains and (domain, name) not in calls:
@@ -299,18 +339,69 @@ def _check_operators(path: Path, model: ModelProto, domains: Collection[str]) ->
         )
 
 
-def _nodes(path: Path, graph: Any, depth: int = 0) -> Iterator[NodeProto]:
-    """The nodes of a graph or function, and of all graphs in them."""
-    if depth > NESTING:
-        raise InputError(
-            f"{path}: its graphs lie more than {NESTING} deep in each other: export it again"
-        )
-    for node in graph.node:
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """The branches of an If, the body of a Loop."""
+    for each in node.attribute:
+        yield from [each.g] if each.HasField("g") else each.graphs
+
+
+def nodes_of(graph: GraphProto | FunctionProto, path: Path | str = "") -> Iterator[NodeProto]:
+    """The nodes of a graph or function, and of all graphs in them.
+
+    Raises :class:`InputError`, naming ``path``, for graphs that lie too deep in each other.
+    """
+    levels = [iter(graph.node)]
+    while levels:
+        node = next(levels[-1], None)
+        if node is None:
+            levels.pop()
+            continue
         yield node
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.HasField("g") else attribute.graphs
-            for body in inner:
-                yield from _nodes(path, body, depth + 1)
+        if inner := [each for body in bodies(node) for each in body.node]:
+            levels.append(iter(inner))
+        if len(levels) > NESTING + 1:
+            raise InputError(
+                f"{path}: its graphs lie more than {NESTING} deep in each other: export it again"
+            )
+
+
+def attribute(node: NodeProto, name: str, default: Any) -> Any:
+    """The value of a node's attribute; text comes as bytes."""
+    from onnx import helper
+
+    return next(
+        (helper.get_attribute_value(one) for one in node.attribute if one.name == name), default
+    )
+
+
+def params_of(model: ModelProto) -> int:
+    """Elements of the constants of a model, as :class:`OnnxFile` has them."""
+    from onnx import TensorProto
+
+    nodes = [each for one in (model.graph, *model.functions) for each in nodes_of(one)]
+    graphs = [model.graph, *(body for node in nodes for body in bodies(node))]
+    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
+    read: set[str] = set()  # as numbers
+    decoded: set[str] = set()
+    packed: dict[str, int] = {}
+    for node in nodes:
+        beside = BESIDE.get(node.op_type, ())
+        here = {name for at, name in enumerate(node.input) if at not in beside}
+        (decoded if node.op_type == "DequantizeLinear" else read).update(here)
+        if node.op_type == "MatMulNBits":  # whose bytes hold several each
+            packed[node.input[1]] = attribute(node, "K", 0) * attribute(node, "N", 0)
+        if node.op_type == "Constant" and (held := attribute(node, "value", None)) is not None:
+            constants[node.output[0]] = held
+
+    def counts(name: str, kind: str) -> bool:
+        whole = "FLOAT" in kind or kind == "DOUBLE" or kind in CODES
+        return name in decoded or (name in read and whole)
+
+    return sum(
+        packed.get(name, math.prod(tensor.dims))
+        for name, tensor in constants.items()
+        if tensor.dims and counts(name, TensorProto.DataType.Name(tensor.data_type))
+    )
 
 
 def _companions(path: Path, model: Any) -> tuple[Path, ...]:
@@ -349,7 +440,7 @@ def _bytes(tensor: TensorProto) -> int:
         raise ValueError(tensor.dims)
     item = 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     bits = int(BITS.get(TensorProto.DataType.Name(tensor.data_type), item))
-    return -(-math.prod(tensor.dims) * bits // 8)
+    return int(-(-math.prod(tensor.dims) * bits // 8))
 
 
 TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")

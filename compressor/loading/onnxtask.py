@@ -146,9 +146,7 @@ def opened(model: ModelProto, batch: int | None) -> None:
     model.ir_version = max(model.ir_version, 4)  # the first whose constants are no inputs
     if batch is None:
         return
-    for value in given:
-        value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    for value in graph.output:
+    for value in (*graph.input, *graph.output):
         if value.type.tensor_type.shape.dim:
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
     graph.ClearField("value_info")

@@ -87,7 +87,7 @@ def task(
     if given is None and said.data is not None:
         given = sources.read(said.data, SPLIT_SEED, trusted=False)
     splits = given.splits if given else None
-    inputs = _inputs(said, splits, name)
+    inputs = _inputs(said, splits, name, given.columns if given else ())
     if source["factory"] == embedded.FACTORY:
         embedded.check(reference, inputs)  # a file may describe more work than there is memory
     output = _probe(reference, inputs, splits, name)
@@ -223,7 +223,9 @@ def _check_weights(model: nn.Module, name: str) -> None:
             raise InputError(f"{name}: weight {key!r} holds NaN or infinity: the model is broken")
 
 
-def _inputs(said: Described, splits: Splits | None, name: str) -> tuple[Input, ...]:
+def _inputs(
+    said: Described, splits: Splits | None, name: str, columns: Sequence[str]
+) -> tuple[Input, ...]:
     if splits is None:
         if not (said.inputs or said.usual):
             raise InputError(
@@ -235,6 +237,7 @@ def _inputs(said: Described, splits: Splits | None, name: str) -> tuple[Input, .
         if wanted.shape != found.shape:
             raise InputError(
                 f"the data's examples have shape {found.shape}, {name} takes {wanted.shape}"
+                + (f" ({', '.join(columns[:8])} ...)" if columns else "")
             )
     wanted_count = len(said.inputs or said.usual)
     if wanted_count and wanted_count != len(seen):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from compressor.errors import one_line
+from compressor.loading.onnxfile import attribute, bodies, nodes_of, params_of
 from compressor.task import Input, Inputs
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto
 
 
 def params(model: nn.Module) -> int:
@@ -76,52 +77,29 @@ PRODUCTS = ("Attention", "Conv", "Gemm", "Linear", "LSTM", "MatMul", "MoE", "SVM
 APART = ("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear")
 """Operators that do not, in spite of their name."""
 
-BESIDE: dict[str, tuple[int, ...]] = {
-    "BatchNormalization": (3, 4),
-    "Clip": (1, 2),
-    "ConvInteger": (2, 3),
-    "DequantizeLinear": (1, 2),
-    "DynamicQuantizeLSTM": (8, 9, 10, 11),
-    "DynamicQuantizeMatMul": (2, 3),
-    "GatherBlockQuantized": (2, 3),
-    "MatMulInteger": (2, 3),
-    "MatMulIntegerToFloat": (2, 3, 4, 5),
-    "MatMulNBits": (2, 3),
-    "Pad": (1, 2),
-    "QLinearConv": (1, 2, 4, 5, 6, 7),
-    "QLinearMatMul": (1, 2, 4, 5, 6, 7),
-    "QuantizeLinear": (1, 2),
-    "Resize": (1, 2),
-}
-"""Where operators read constants that are no parameters: scales, zero points, running statistics,
-bounds."""
-
-CODES = ("INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
-"""Integers that stand for numbers wherever they are read; wider ones where they are decoded."""
-
 SHAPING = 4096
 """Elements of a constant that may say a shape; larger ones only have one."""
 
 
 def counted(path: Path, inputs: Sequence[Input]) -> Counted:
-    """Counts the ONNX file at ``path``, which takes ``inputs``; nothing in it is run.
+    """Counts the ONNX file at ``path``, which takes ``inputs``, as :func:`macs` does; nothing in it
+    is run.
 
-    Shapes are those that ONNX infers for a batch of 1, or of the size that the file fixes. As in
-    :func:`macs` and :func:`params`, elementwise work and running statistics do not count, nor do
-    scales and constants without an axis. What an exporter folded into other constants is gone:
-    batch normalisation behind a convolution has no parameters left.
+    Shapes are those that ONNX infers for a batch of 1, or of the size that the file fixes. The file
+    is one that :func:`compressor.loading.onnxfile.read` has let pass.
     """
     import onnx
     from onnx import inliner, shape_inference
 
     model = onnx.load(path, load_external_data=False)
-    weights = _weights(model)
+    weights = params_of(model)
     try:
         if model.functions:
             model = inliner.inline_local_functions(model)
-        batch = _settle(model, path, inputs)
-        model = _folded(model)
-        inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+        plain = onnx.ModelProto()
+        plain.CopyFrom(model)
+        batch = _settle(plain, path, inputs)
+        inferred = shape_inference.infer_shapes(_folded(plain), data_prop=True).graph
     except Exception as error:  # ONNX's own C++ code raises what has no base of its own
         return Counted(weights, None, (f"no shapes: {one_line(error, 120)}",))
     shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
@@ -131,7 +109,7 @@ def counted(path: Path, inputs: Sequence[Input]) -> Counted:
             shapes[value.name] = tuple(dim.dim_value for dim in dims)
     total, uncounted = 0, []
     for at, node in enumerate(model.graph.node):
-        if inner := [one.op_type for body in _bodies(node) for one in _nodes(body) if _heavy(one)]:
+        if inner := [one.op_type for body in bodies(node) for one in nodes_of(body) if _heavy(one)]:
             uncounted.append(f"{node.op_type} around {', '.join(sorted(set(inner)))}")
         if not _heavy(node):
             continue
@@ -143,20 +121,6 @@ def counted(path: Path, inputs: Sequence[Input]) -> Counted:
             uncounted.append(f"{node.op_type} {node.name or at} ({why})")
     macs = None if uncounted else total // batch
     return Counted(weights, macs, tuple(dict.fromkeys(uncounted)))
-
-
-def _bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """The branches of an If, the body of a Loop."""
-    for attribute in node.attribute:
-        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes of a graph and of all graphs in it."""
-    for node in graph.node:
-        yield node
-        for body in _bodies(node):
-            yield from _nodes(body)
 
 
 def _heavy(node: NodeProto) -> bool:
@@ -271,17 +235,9 @@ TAKES = {"Identity": 1, "MatMul": 2}
 """Of those, the ones without attributes, and how many inputs they have."""
 
 WIDTHS: dict[str, Callable[[NodeProto], tuple[int, int]]] = {
-    "MatMulNBits": lambda node: (_attribute(node, "K", 0), _attribute(node, "N", 0)),
+    "MatMulNBits": lambda node: (attribute(node, "K", 0), attribute(node, "N", 0)),
 }
 """Shapes of constants that are stored in another one."""
-
-
-def _attribute(node: NodeProto, name: str, default: Any) -> Any:
-    from onnx import helper
-
-    return next(
-        (helper.get_attribute_value(one) for one in node.attribute if one.name == name), default
-    )
 
 
 # Multiply-accumulates.
@@ -303,7 +259,7 @@ def _deconv(node: NodeProto, shapes: Shapes) -> int:
 
 def _product(node: NodeProto, shapes: Shapes) -> int:
     """Each output sums over the last axis of the first factor, or the one before."""
-    turned = _attribute(node, "transA", 0)
+    turned = attribute(node, "transA", 0)
     return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-2 if turned else -1]
 
 
@@ -320,7 +276,7 @@ def _recurrent(node: NodeProto, shapes: Shapes) -> int:
 
 def _einsum(node: NodeProto, shapes: Shapes) -> int:
     """Every combination of the indices of two factors."""
-    left = _attribute(node, "equation", b"").decode().replace(" ", "").partition("->")[0]
+    left = attribute(node, "equation", b"").decode().replace(" ", "").partition("->")[0]
     terms = left.split(",")
     if len(terms) == 1:
         return 0
@@ -339,9 +295,9 @@ def _attention(node: NodeProto, shapes: Shapes) -> int:
     if len(query) == 4:
         heads, wide, deep = query[1], query[3], value[3]
     else:
-        heads = _attribute(node, "q_num_heads", 0) or _attribute(node, "num_heads", 1)
+        heads = attribute(node, "q_num_heads", 0) or attribute(node, "num_heads", 1)
         wide = query[2] // heads
-        deep = value[2] // (_attribute(node, "kv_num_heads", 0) or heads)
+        deep = value[2] // (attribute(node, "kv_num_heads", 0) or heads)
     return query[0] * heads * query[-2] * (key[-2] + past) * (wide + deep)
 
 
@@ -357,7 +313,7 @@ def _projected(node: NodeProto, shapes: Shapes) -> int:
     (batch, rows, _), weights = shapes[node.input[0]], shapes[node.input[1]]
     if len(node.input) > 4 and node.input[4]:
         raise LookupError("a past")
-    sizes = _attribute(node, "qkv_hidden_sizes", [weights[1] // 3] * 3)
+    sizes = attribute(node, "qkv_hidden_sizes", [weights[1] // 3] * 3)
     return batch * rows * (math.prod(weights) + rows * int(sizes[1] + sizes[2]))
 
 
@@ -384,41 +340,3 @@ MACS: dict[str, Callable[[NodeProto, Shapes], int]] = {
     "RNN": _recurrent,
 }
 """Of one node, for the whole batch; ``LookupError`` or ``ValueError`` where it cannot be told."""
-
-
-# Parameters.
-
-
-def _weights(model: ModelProto) -> int:
-    """Elements of the constants of a file, as :class:`Counted` has them."""
-    from onnx import TensorProto
-
-    nodes = list(_nodes(model.graph))
-    nodes += [node for function in model.functions for node in _nodes(function)]
-    graphs = [model.graph, *(body for node in nodes for body in _bodies(node))]
-    reads: dict[str, set[bool | None]] = {}
-    packed: dict[str, int] = {}
-    for node in nodes:
-        beside = BESIDE.get(node.op_type, ())
-        for at, name in enumerate(node.input):
-            decoded = None if node.op_type == "DequantizeLinear" else True
-            reads.setdefault(name, set()).add(False if at in beside else decoded)
-        if node.op_type in WIDTHS:
-            packed[node.input[1]] = math.prod(WIDTHS[node.op_type](node))
-    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
-    for node in nodes:
-        for one in node.attribute:
-            if (node.op_type, one.name) == ("Constant", "value"):
-                constants[node.output[0]] = one.t
-
-    def holds(name: str, tensor: TensorProto) -> bool:
-        read = reads.get(name, set()) - {False}
-        kind = TensorProto.DataType.Name(tensor.data_type)
-        floats = "FLOAT" in kind or kind == "DOUBLE"
-        return bool(tensor.dims and read) and (floats or kind in CODES or None in read)
-
-    return sum(
-        packed.get(name, math.prod(tensor.dims))
-        for name, tensor in constants.items()
-        if holds(name, tensor)
-    )

@@ -200,6 +200,7 @@ def run(
             if stored is not None:
                 hand(stored.document)
                 return replace(stored, stored=True)
+            stack.enter_context(folder)
             done, total = 0, len(steps) + 2 + robustness + len(targets)
 
             def say(text: str) -> None:

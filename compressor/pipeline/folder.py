@@ -159,6 +159,9 @@ class Folder:
         folder = cls(path, fingerprint, command)
         try:
             return folder, folder._taken(fresh)
+        except OSError as error:
+            folder.close()
+            raise InputError(f"--out {path} cannot be used: {error.strerror}") from None
         except BaseException:
             folder.close()
             raise
@@ -189,14 +192,11 @@ class Folder:
         report = self._looked(fresh)
         if report is None:
             _writable(self.path)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._claimed()
-                report = self._looked(fresh)  # another may have run between the look and the claim
-                if report is None:
-                    self._begun(fresh)
-            except OSError as error:
-                raise InputError(f"--out {self.path} cannot be made: {error.strerror}") from None
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claimed()
+            report = self._looked(fresh)  # another may have run between the look and the claim
+            if report is None:
+                self._begun(fresh)
         if report is not None:
             self._drawn(report)
             self.close()

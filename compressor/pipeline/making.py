@@ -90,6 +90,9 @@ class Maker:
             copied = self._make(Step(IMPORT, {}, BASELINE, BASELINE), self.original)
             assert copied is not None
             self.onnx[BASELINE] = copied
+            for record in copied.steps:
+                said = "; ".join(record["facts"]["changes"])
+                self.warnings.append(f"{BASELINE} is not the file byte for byte: {said}")
         sources = {step.source for step in steps}
         for step in steps:
             self.say(f"{step.name}: {step.stage}")

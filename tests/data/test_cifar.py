@@ -228,7 +228,7 @@ def test_nothing_is_run(tmp_path: Path) -> None:
     for protocol in range(2, 6):
         for value in (Runs(os.mkdir, str(there)), {"data": [Runs(Path.touch, there)]}):
             with pytest.raises(
-                InputError, match=r"asks for '(posix|pathlib|__builtin__|builtins)[.\w]*.*could run code"
+                InputError, match=r"asks for '(posix|pathlib|_*builtins?_*)\..*could run code"
             ):
                 unpickled(pickle.dumps(value, protocol))
     assert not there.exists()
@@ -321,7 +321,7 @@ def test_changed_pickles_never_surprise(
 ) -> None:
     """Instructions stand at both ends: pixels are most of it, and are passed over."""
     at = at % 200 if early else at
-    path = tmp_path_factory.getbasetemp() / "changed"
+    path = tmp_path_factory.getbasetemp() / "changed-cifar"
     path.write_bytes(SMALL[:at] + change + SMALL[at + len(change) :])
     with contextlib.suppress(InputError):
         images, labels = cifar._pickled(path, (("labels", 10),), 0)

@@ -65,6 +65,7 @@ def plain() -> None:
     if libc.capget(head, sets):
         raise OSError(ctypes.get_errno(), "capget")
     sets[0] &= ~OVERRIDE
+    sets[1] &= ~OVERRIDE
     if libc.capset(head, sets):
         raise OSError(ctypes.get_errno(), "capset")
 

@@ -54,6 +54,7 @@ class Launcher:
 
     def close(self) -> None:
         """Ends it; nothing of it is running by then."""
+        self.process.kill()
         self.process.communicate(timeout=WAIT)
 
     @contextmanager

@@ -47,7 +47,7 @@ def killed(launcher: Launcher, case: Case, folder: Path, kills: int, seed: int) 
 
 
 def test_a_handful_of_moments(launcher: Launcher, case: Case, tmp_path: Path) -> None:
-    killed(launcher, case, tmp_path, 4, seed=0)
+    killed(launcher, case, tmp_path, 3, seed=0)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,42 @@ def test_names_shapes_and_dtypes_in_the_order_of_the_file(tmp_path: Path) -> Non
     )
 
 
-def test_constants_are_no_inputs_and_every_element_of_theirs_counts(tmp_path: Path) -> None:
+def test_constants_are_no_inputs(tmp_path: Path) -> None:
     path = written(
         tmp_path / "m.onnx",
         "(float[n,3] x, float[3,2] w) => (float y) { y = MatMul(x, w) }",
         w=np.ones((3, 2), np.float32),
-        unused=np.ones((2, 2, 5), np.int8),
     )
     found = read(path)
     assert [slot.name for slot in found.slots] == ["x"]
-    assert found.params == 6 + 20
+    assert found.listed
+    assert not read(linear(tmp_path / "m.onnx")).listed
+
+
+@pytest.mark.parametrize(
+    ("shapes", "batch"),
+    [(("n,3", "n,3"), None), (("4,3", "4,3"), 4), (("n,3", "2,3"), 2), (("", "n,3"), None)],
+)
+def test_the_batch_is_what_the_first_axis_says(
+    tmp_path: Path, shapes: tuple[str, str], batch: int | None
+) -> None:
+    a, b = shapes
+    text = f"(float[{a}] a, float[{b}] b) => (float y) {{ y = Add(a, b) }}"
+    assert read(written(tmp_path / "m.onnx", text)).batch == batch
+
+
+@pytest.mark.parametrize(
+    ("nodes", "last"),
+    [
+        ("y = Sigmoid(x)", "Sigmoid"),
+        ("s = Sigmoid(x) f = Flatten(s) y = Cast<to=11>(f)", "Sigmoid"),
+        ("s = Sigmoid(x) y = Mul(s, x)", "Mul"),
+        ("y = Identity(x)", ""),
+    ],
+)
+def test_what_the_output_comes_from(tmp_path: Path, nodes: str, last: str) -> None:
+    path = written(tmp_path / "m.onnx", f"(float[n,3] x) => (float y) {{ {nodes} }}")
+    assert read(path).last == last
 
 
 @pytest.mark.parametrize(
@@ -223,7 +250,6 @@ def test_external_data_belongs_to_the_file(tmp_path: Path) -> None:
     weights.write_bytes(bytes(32))
     path = outside(tmp_path / "m.onnx", "part/w.bin", offset="8", length="24")
     assert read(path).companions == (weights,)
-    assert read(path).params == 6
 
 
 @pytest.mark.parametrize(
@@ -240,6 +266,8 @@ def test_external_data_belongs_to_the_file(tmp_path: Path) -> None:
         ("link.bin", "are a link"),
         ("linked/w.bin", "are a link"),
         ("short.bin", "cut off at 23 of 24 bytes"),
+        ("hard.bin", "are a hard link"),
+        ("pipe", "missing"),
     ],
 )
 def test_external_data_elsewhere_is_refused(tmp_path: Path, location: str, said: str) -> None:
@@ -250,6 +278,8 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, location: str, said:
     (folder / "short.bin").write_bytes(bytes(23))
     (folder / "link.bin").symlink_to(tmp_path / "w.bin")
     (folder / "linked").symlink_to(folder / "part")
+    (folder / "hard.bin").hardlink_to(tmp_path / "w.bin")
+    os.mkfifo(folder / "pipe")  # reading one would wait for ever
     with pytest.raises(InputError, match=said):
         read(outside(folder / "m.onnx", location))
 
@@ -259,6 +289,136 @@ def test_a_broken_place_is_refused(tmp_path: Path, said: dict[str, str]) -> None
     (tmp_path / "w.bin").write_bytes(bytes(24))
     with pytest.raises(InputError, match="the place of 'w' is broken"):
         read(outside(tmp_path / "m.onnx", "w.bin", **said))
+
+
+@pytest.mark.parametrize("length", ["23", "25", "1000000000000"])
+def test_a_tensor_has_the_bytes_of_its_shape(tmp_path: Path, length: str) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(64))
+    with pytest.raises(InputError, match=r"of external data, its shape asks for 24"):
+        read(outside(tmp_path / "m.onnx", "w.bin", length=length))
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from([*range(1, 14), *range(16, 26)]),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.booleans(),
+    st.integers(-1, 1),
+)
+def test_tensors_in_the_file_are_held_to_their_shape(
+    kind: int, shape: list[int], raw: bool, more: int
+) -> None:
+    """All types, however the library stores them; a last axis that is one longer is refused."""
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    if dtype.kind == "O":
+        return
+    array = np.zeros(shape, dtype)
+    tensor = (
+        numpy_helper.from_array(array, "w")
+        if raw
+        else helper.make_tensor("w", kind, shape, array.ravel())
+    )
+    if shape and array.size:
+        tensor.dims[-1] += more * 4  # four: less is one byte of two bits each
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(Path(folder) / "m.onnx", "(float[n] x) => (float y) { y = Identity(x) }")
+        model = onnx.load(path)
+        model.graph.initializer.append(tensor)
+        path.write_bytes(model.SerializeToString())
+        if array.size and shape and more > 0:
+            with pytest.raises(InputError, match="its shape asks for"):
+                read(path)
+        elif more == 0 or not (array.size and shape):
+            assert read(path).slots
+
+
+def nested(depth: int) -> onnx.ModelProto:
+    """An If whose branches hold an If, and so on."""
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    one = numpy_helper.from_array(np.zeros(1, np.float32), "one")
+    node = helper.make_node("Constant", [], ["y"], value=one)
+    for _ in range(depth):
+        branch = helper.make_graph([node], "branch", [], [out])
+        node = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
+    given = helper.make_tensor_value_info("x", TensorProto.BOOL, ["n"])
+    return helper.make_model(helper.make_graph([node], "g", [given], [out]))
+
+
+def test_graphs_in_graphs_have_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(nested(3).SerializeToString())
+    assert read(path).slots
+    model = nested(3)
+    body = model.graph
+    for _ in range(3):
+        body = body.node[0].attribute[0].g
+    # Two branches a level are too many to write: one chain goes further down.
+    for _ in range(20):
+        inner = helper.make_node("If", ["x"], ["y"])
+        attribute = inner.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH)
+        attribute.g.node.add(op_type="Identity", input=["x"], output=["y"])
+        body.node.append(inner)
+        body = body.node[-1].attribute[0].g
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="its graphs lie more than 16 deep in each other"):
+        read(path)
+
+
+def calling(calls: dict[str, list[str]], domain: str = "own") -> onnx.ModelProto:
+    """A model of functions by the names of those that each calls, the first one called."""
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    functions = []
+    for name, inner in calls.items():
+        names = ["a", *(f"v{at}" for at in range(len(inner)))]
+        nodes = [
+            helper.make_node(each, [names[at]], [names[at + 1]], domain=domain)
+            for at, each in enumerate(inner)
+        ]
+        nodes.append(helper.make_node("Relu", [names[-1]], ["b"]))
+        functions.append(helper.make_function(domain, name, ["a"], ["b"], nodes, opsets))
+    graph = helper.make_graph(
+        [helper.make_node(next(iter(calls)), ["x"], ["y"], domain=domain)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])],
+    )
+    return helper.make_model(graph, functions=functions, opset_imports=opsets)
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"),
+    [
+        ({"f": ["f"]}, "its functions call themselves"),
+        ({"f": ["g"], "g": ["h"], "h": ["f"]}, "its functions call themselves"),
+        ({f"f{at}": [f"f{at + 1}"] for at in range(40)} | {"f40": []}, "more than 16 deep"),
+        (
+            {f"f{at}": [f"f{at + 1}"] * 9 for at in range(12)} | {"f12": []},
+            "are .* nodes: that cannot be meant",
+        ),
+    ],
+)
+def test_functions_have_an_end(tmp_path: Path, calls: dict[str, list[str]], said: str) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(calling(calls).SerializeToString())
+    with pytest.raises(InputError, match=said):
+        read(path)
+
+
+def test_operators_are_known_or_functions_of_the_file_or_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(calling({"f": ["g"], "g": []}).SerializeToString())
+    assert read(path).slots
+    path.write_bytes(calling({"f": ["missing"]}).SerializeToString())
+    said = "operator 'missing' of domain 'own' is neither ONNX's nor .*add --domain own if"
+    with pytest.raises(InputError, match=said):
+        read(path)
+    assert read(path, ["own"]).slots
+    text = "(float[n,3] x) => (float y) { y = com.microsoft.Gelu(x) }"
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]> g ' + text
+    )
+    path.write_bytes(model.SerializeToString())
+    assert read(path).slots
 
 
 def test_external_data_is_found_wherever_it_stands(tmp_path: Path) -> None:
