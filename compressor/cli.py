@@ -52,6 +52,22 @@ Threads = Annotated[
     str | None, typer.Option(help="thread counts to measure (default: 1 and all cores)")
 ]
 BenchTime = Annotated[str, typer.Option(help="quick | normal | full")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="NAME=SHAPE[:DTYPE[<HIGH]] of an ONNX input with open axes, such as ids=128:int64, "
+        "without the batch (repeatable)",
+    ),
+]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--domain",
+        help="operators of this domain are allowed in ONNX files; your onnxruntime must have them "
+        "(repeatable)",
+    ),
+]
 TrustPickle = Annotated[
     bool,
     typer.Option("--trust-pickle", help="let a pickled MODEL execute the code that it carries"),
@@ -65,7 +81,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="tracebacks")]
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="model.pt, weights with --arch, or .safetensors")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="model.pt, weights with --arch, .safetensors, .pt2, .onnx, a model folder, timm:NAME"
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +149,8 @@ def run(
     ] = None,
     weights: Weights = None,
     trust_pickle: TrustPickle = False,
+    inputs: Inputs = None,
+    domains: Domains = None,
     robustness: Annotated[
         bool, typer.Option("--robustness", help="judge under noise, blur and attacks, too")
     ] = False,
@@ -190,6 +213,8 @@ def run(
                 log=log or (),
                 weights=weights,
                 trust_pickle=trust_pickle,
+                inputs=inputs or (),
+                domains=domains or (),
                 robustness=robustness,
                 processes=processes,
                 max_drop=max_drop,
@@ -223,14 +248,8 @@ def bench(
         str | None, typer.Option(help="as for run; without it, what the first file names")
     ] = None,
     arch: Arch = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            help="NAME=SHAPE[:DTYPE[<HIGH]] of an input with open axes, such as ids=128:int64, "
-            "without the batch (repeatable)",
-        ),
-    ] = None,
+    inputs: Inputs = None,
+    domains: Domains = None,
     metric: Annotated[str | None, typer.Option(help="the metric to judge by")] = None,
     provider: Provider = None,
     batch: Batch = "1",
@@ -252,6 +271,7 @@ def bench(
                 arch=arch,
                 metric=metric,
                 inputs=inputs or (),
+                domains=domains or (),
                 provider=provider,
                 batch=_whole("--batch", batch),
                 threads=None if threads is None else _whole("--threads", threads),

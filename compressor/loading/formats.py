@@ -32,7 +32,7 @@ from torch import nn
 from compressor import names
 from compressor.artifact import digest
 from compressor.errors import InputError, one_line
-from compressor.loading import checkpoint, embedded, guard, hub, pickled, torchfile
+from compressor.loading import checkpoint, embedded, guard, hub, onnxfile, pickled, torchfile
 from compressor.loading.checkpoint import ZOO, Described
 from compressor.loading.sketch import sketch
 from compressor.loading.torchfile import Source, State
@@ -85,6 +85,11 @@ def opened(
         built, said_by, inputs, kind = hub.folder(path)
         return Loaded(built.eval(), said_by, Described({}, usual=inputs, kind=kind))
     checkpoint.there(path)
+    if path.suffix == onnxfile.SUFFIX:
+        raise InputError(
+            f"{path} is ONNX, which has no layers to load: compressor run and compressor bench take "
+            "it as it is"
+        )
     if trusted:
         built = pickled.trusted(path).cpu().eval()
         if isinstance(built, torch.jit.ScriptModule):

@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ def warm(model: str) -> None:
     from compressor.measure.protocol import SECONDS
 
     SECONDS["quick"] = 0.05
+    with suppress(ImportError):  # where it is, PyTorch uses it, and its watcher is a thread
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0
     with tempfile.TemporaryDirectory() as folder:
         pipeline.run(
             model, prune=0.5, epochs=1, quantize="int8-dynamic", provider="cpu", threads=(1,),

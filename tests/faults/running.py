@@ -46,7 +46,9 @@ class Launcher:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        assert self._read()["threads"] == 1
+        if (threads := self._read()["threads"]) != 1:
+            self.close()
+            pytest.fail(f"a process of {threads} threads cannot be forked safely")
 
     def _read(self) -> Any:
         assert self.process.stdout is not None

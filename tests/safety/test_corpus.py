@@ -340,10 +340,10 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     titled(folder / f"{NAME}.pt", NAME)
     with one_thread():
         report = pipeline.run(
-            folder / f"{NAME}.pt", data="breast-cancer", prune=0.5, epochs=0, keep=[f"{NAME} out"],
+            folder / f"{NAME}.pt", data="breast-cancer", prune=0.5, epochs=0,
             provider=("cpu",), threads=(1,), out=folder / "run",
         )  # fmt: skip
-    assert json.dumps(report.document["artifacts"]).count(NAME) > 3
+    assert NAME in json.dumps(report.document["artifacts"][1]["steps"])  # its layers are in there
     return [known, report.document]
 
 
