@@ -84,7 +84,7 @@ def run(
     model: Annotated[
         str,
         typer.Argument(
-            help="model.pt, weights with --arch, .safetensors, .pt2, .onnx, a model folder, timm:NAME"
+            help="model.pt, weights with --arch, .safetensors, .pt2, .onnx, a folder, timm:NAME"
         ),
     ],
     data: Annotated[

@@ -87,8 +87,8 @@ def opened(
     checkpoint.there(path)
     if path.suffix == onnxfile.SUFFIX:
         raise InputError(
-            f"{path} is ONNX, which has no layers to load: compressor run and compressor bench take "
-            "it as it is"
+            f"{path} is ONNX, which has no layers to load: compressor run and bench take it as it "
+            "is"
         )
     if trusted:
         built = pickled.trusted(path).cpu().eval()
