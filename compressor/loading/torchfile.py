@@ -39,9 +39,9 @@ def write(path: Path, model: nn.Module, source: Source, edits: Sequence[Edit] = 
         name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()
     }
     said = {"format": 1, "source": dict(source), "edits": [dict(edit) for edit in edits]}
-    header = json.dumps({**said, "digest": digest_of(said, state)}, sort_keys=True)
-    with replacing(path) as beside:
-        save_file(state, beside, metadata={"compressor": header})
+    text = json.dumps({**said, "digest": digest_of(said, state)}, sort_keys=True)
+    with replacing(path, lambda file: tensors_in(file, header(file) or {})) as beside:
+        save_file(state, beside, metadata={"compressor": text})
 
 
 def state_digest(state: State) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import recipe as recipes
-from compressor.artifact import Artifact, replacing, write_text
+from compressor.artifact import Artifact, copy, write_text
 from compressor.errors import InputError
 from compressor.loading import formats, onnxfile, onnxtask
 from compressor.loading import task as tasks
@@ -252,9 +251,6 @@ def run(
             for one in found["pytorch"]:
                 found["recommendation"] += f" {verdict.left(one)}"
             command = command or f"compressor.run({task.name}, ...)"
-            write_samples(folder.path / SAMPLES, measured.raw)
-            write_text(folder.path / "recipe.toml", recipes.write(maker.resolved, command))
-            _write_best(folder.path, best, home(ran, targets[0], said))
             report = Report(
                 {
                     "schema": 1,
@@ -271,7 +267,11 @@ def run(
                 },
                 folder.path,
             )
-            report.save()
+            with folder.results() as beside:
+                write_samples(beside / SAMPLES, measured.raw)
+                write_text(beside / "recipe.toml", recipes.write(maker.resolved, command))
+                _write_best(beside, best, home(ran, targets[0], said))
+                report.write(beside)
             hand(report.document)
             return report
 
@@ -413,11 +413,7 @@ def _write_best(folder: Path, best: Artifact, target: Mapping[str, Any]) -> None
     """``best.onnx``, and beside it the settings under which it was measured, on ``target``: a row,
     or what a row begins with where nothing could be measured."""
     path = folder / "best.onnx"
-    for companion in best.companions:  # external data, which the model names
-        with replacing(folder / companion.name) as beside:
-            shutil.copyfile(companion, beside)
-    with replacing(path) as beside:
-        shutil.copyfile(best.path, beside)
+    copy(best, path)
     said = {
         "artifact": best.name,
         "sha256": best.digest,

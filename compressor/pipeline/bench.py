@@ -93,46 +93,48 @@ def bench(
     folder, stored = Folder.open(Path(out or OUT), fingerprint, command, fresh=fresh)
     if stored is not None:
         return replace(stored, stored=True)
-    done, total = 0, len(entries) + len(targets) + 1
+    with folder:
+        done, total = 0, len(entries) + len(targets) + 1
 
-    def say(text: str) -> None:
-        nonlocal done
-        progress(done, total, text)
-        done += 1
+        def say(text: str) -> None:
+            nonlocal done
+            progress(done, total, text)
+            done += 1
 
-    made, skipped, stages = make(entries, folder.artifacts, say)
-    if not made:
-        raise StageError(next(iter(skipped.values())))
-    task = judge(entries, made, given, metric, kind, targets[0].batch, seed)
-    unjudged = None if task.splits else NO_RUN if given else NO_DATA
-    measured = measure(
-        task,
-        list(made.values()),
-        skipped,
-        targets,
-        bench_time,
-        say,
-        lambda text: progress(done - 1, total, text),
-        reference=entries[0].name,
-        arch=arch if isinstance(arch, str) else None,
-    )
-    say("report")
-    write_samples(folder.path / SAMPLES, measured.raw)
-    report = Report(
-        {
-            "schema": 1,
-            "name": task.name,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command or f"compressor.bench({task.name}, ...)",
-            "fingerprint": fingerprint,
-            "model": {"path": entries[0].path.name, "sha256": digest(entries[0].path)},
-            **_document(task, entries, made, measured, targets, folder.path, unjudged),
-            "stages": stages + measured.stages,
-        },
-        folder.path,
-    )
-    report.save()
-    return report
+        made, skipped, stages = make(entries, folder.artifacts, say)
+        if not made:
+            raise StageError(next(iter(skipped.values())))
+        task = judge(entries, made, given, metric, kind, targets[0].batch, seed)
+        unjudged = None if task.splits else NO_RUN if given else NO_DATA
+        measured = measure(
+            task,
+            list(made.values()),
+            skipped,
+            targets,
+            bench_time,
+            say,
+            lambda text: progress(done - 1, total, text),
+            reference=entries[0].name,
+            arch=arch if isinstance(arch, str) else None,
+        )
+        say("report")
+        report = Report(
+            {
+                "schema": 1,
+                "name": task.name,
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "command": command or f"compressor.bench({task.name}, ...)",
+                "fingerprint": fingerprint,
+                "model": {"path": entries[0].path.name, "sha256": digest(entries[0].path)},
+                **_document(task, entries, made, measured, targets, folder.path, unjudged),
+                "stages": stages + measured.stages,
+            },
+            folder.path,
+        )
+        with folder.results() as beside:
+            write_samples(beside / SAMPLES, measured.raw)
+            report.write(beside)
+        return report
 
 
 # What is said of it.

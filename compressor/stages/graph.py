@@ -73,7 +73,8 @@ def write(model: ir.Model, path: Path, name: str | None = None) -> tuple[Path, .
         proto = onnx.load(whole, load_external_data=False)
         cleaned(proto)
         path.write_bytes(proto.SerializeToString(deterministic=True))
-        (Path(folder) / beside.name).replace(beside)
+        with replacing(beside) as part:
+            (Path(folder) / beside.name).replace(part)
     return (beside,)
 
 

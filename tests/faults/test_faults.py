@@ -197,9 +197,9 @@ def remounted(disk: Path, *options: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kib", [0, 4, 64, 112, 300, 500])
+@pytest.mark.parametrize("kib", [0, 4, 64, 112, 250, 350])
 def test_a_full_disk(launcher: Launcher, case: Case, disk: Path, tmp_path: Path, kib: int) -> None:
-    """Of so many KiB; a run needs about 600. With none, even the lock has no room for its text.
+    """Of so many KiB; a run needs about 450. With none, even the lock has no room for its text.
     Where nothing can be begun, it is another folder that is needed."""
     remounted(disk, f"size={max(kib, 4)}k")
     if not kib:
