@@ -185,8 +185,8 @@ def settle(folder: Path) -> None:
     JSON comes last, as it says what the other files are.
     """
     ready = folder / READY
-    if not ready.is_dir():
-        return
+    if ready.is_symlink() or not ready.is_dir():
+        return  # what a link leads to is not ours to move
     for file in sorted(ready.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
         with suppress(FileNotFoundError):  # another process was faster
             file.replace(folder / file.name)

@@ -552,11 +552,14 @@ def progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    from compressor.report.table import plain  # names of files and layers may hold escapes
+
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), BarColumn(), text, TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         line = bar.add_task("starting")
         yield lambda done, total, text: bar.update(
-            line, completed=done, total=total, description=text
+            line, completed=done, total=total, description=plain(text)
         )
 
 

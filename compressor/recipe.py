@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import InputError
+from compressor.errors import InputError, one_line
 
 QUANTIZE: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -48,6 +48,9 @@ SCHEMES = {
     "bf16": "bf16",
 }
 BASELINE = "baseline"
+
+LONGEST = 100
+"""Bytes of a step's name: files of its artifacts are named after it, with endings of ours."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,11 @@ def named(steps: Sequence[Step]) -> Recipe:
         source = step.source or before
         if name in known:
             raise InputError(f"step {name!r} stands twice in the recipe: give one another name")
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] in ".-":
+        plain = name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        if not plain or name[0] in ".-" or len(name.encode()) > LONGEST:
             raise InputError(
-                f"step name {name!r} cannot be a file name: use letters, digits, '-', '_' and '.'"
+                f"step name {name!r:.60} cannot be a file name: use letters, digits, '-', '_' and "
+                f"'.', {LONGEST} bytes at most"
             )
         if source not in known:
             raise InputError(
@@ -276,8 +281,8 @@ def read(path: Path) -> list[Step]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # also of integers of thousands of digits
+        raise InputError(f"recipe {path} is not TOML: {one_line(error)}") from None
     tables = document.pop("step", [])
     if document:
         raise InputError(f"recipe {path}: unknown key {next(iter(document))!r}; use [[step]] only")
@@ -307,4 +312,11 @@ def write(steps: Sequence[Step], comment: str) -> str:
             block += f"\n[step.{key}]\n{tomli_w.dumps(value)}"
         blocks.append(block)
     heading = "".join(f"# {line}\n" for line in comment.splitlines())
-    return heading + "\n".join(blocks)
+    return _shown(heading + "\n".join(blocks))
+
+
+def _shown(text: str) -> str:
+    """TOML with everything that a terminal would obey, or hide, as an escape."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else f"\\U{ord(char):08x}" for char in text
+    )

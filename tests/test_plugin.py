@@ -61,6 +61,12 @@ def write_model(path: Path, operators: int = 1, weight: float = 0.5) -> None:
     save_model(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside others pytest-benchmark times nothing: the runs in here are runs of their own."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def folder(pytester: pytest.Pytester) -> Path:
     """Where a user's benchmarks and two models lie."""

@@ -70,7 +70,8 @@ class Lock:
         self.path = path
         self._handle: int | None = None
         while self._handle is None:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            # What a link leads to is not ours to empty.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             try:
                 _claim(handle, path)
                 # Whoever had it before may have removed the file since it was opened.
@@ -320,8 +321,15 @@ def _state(folder: Path) -> dict[str, Any]:
         return {}
     try:
         state = json.loads(text)
-        return {"files": {}, **state} if {"fingerprint", "command"} <= state.keys() else {}
-    except (ValueError, AttributeError):
+        if not {"fingerprint", "command"} <= state.keys():
+            return {}
+        files = {
+            name: {"size": int(file["size"]), "sha256": str(file["sha256"])}
+            for name, file in state.get("files", {}).items()
+        }
+        said = {key: str(state[key]) for key in ("fingerprint", "command")}
+        return {**said, "files": files}
+    except (ValueError, AttributeError, KeyError, TypeError, OverflowError, RecursionError):
         # After a power cut a file may end early. Its beginning, among nothing but our files, is
         # ours; which run it was, its stages will show.
         opening = json.dumps({"fingerprint": ""}, indent=1)[:-3]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,12 +29,22 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
+LARGEST = 1e100
+"""Of a report's numbers: no quantity is near it, and there is room for the plots' arithmetic."""
+
+
 def _finite(text: str) -> float:
     """A JSON number; Python would take ``NaN`` and ``1e999`` too."""
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{text:.40} is not a finite number")
     return value
+
+
+def _whole(text: str) -> int:
+    """A JSON integer; Python would take one of thousands of digits."""
+    _finite(text)
+    return int(text)
 
 
 def problem(document: Any) -> str | None:
@@ -75,7 +84,10 @@ class Report:
             settle(file.parent)
         try:
             document = json.loads(
-                file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite
+                file.read_text(encoding="utf-8"),
+                parse_float=_finite,
+                parse_int=_whole,
+                parse_constant=_finite,
             )
         except OSError as error:
             raise InputError(f"report {file} cannot be read: {error.strerror}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from compressor.report.drawing import BEST, INK, QUIET, paper, png
@@ -37,7 +38,20 @@ def worst(document: Document) -> list[Record]:
 
 def pictured(document: Document) -> list[Record]:
     """Those of :func:`worst` that have a picture."""
-    return [one for one in worst(document) if one["picture"]]
+    return [one for one in worst(document) if one["picture"] and _is_small(one["picture"])]
+
+
+def _is_small(picture: str) -> bool:
+    """Whether it is a PNG of at most 64 x 64 pixels: a few bytes may unfold to gigabytes."""
+    try:
+        start = base64.b64decode(picture)[:24]
+    except ValueError:
+        return False
+    sizes = (int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big"))
+    return start[:16] == PNG and min(sizes) > 0 and max(sizes) <= 64
+
+
+PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 
 def lost(document: Document) -> str:
@@ -112,8 +126,9 @@ def picture(document: Document) -> bytes:
     for axes in every:
         axes.set_axis_off()
     for axes, one in zip(every, shown, strict=False):
-        image = imread(io.BytesIO(base64.b64decode(one["picture"])), format="png")
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        with suppress(Exception):  # of a broken one the words stand there all the same
+            image = imread(io.BytesIO(base64.b64decode(one["picture"])), format="png")
+            axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         said = [
             (f"target: {plain(one['target'])[:SHORT]}", INK, "bold"),
             (f"baseline: {plain(one['baseline'])[:SHORT]}", QUIET, "normal"),

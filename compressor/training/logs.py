@@ -209,20 +209,22 @@ def _tensorboard(folder: Path, title: str, settings: Settings, resumed: int) -> 
     package = _package("tensorboard").__name__
     # Its SummaryWriter writes in a thread: when the disk is full that dies without a word, and
     # training waits forever for room in its queue.
-    files = import_module(f"{package}.event_file_writer")
+    records = import_module(f"{package}.record_writer")
     summary = import_module(f"{package}.summary")
     protocol = import_module(f"{package}.proto.event_pb2")
-    # A file's name has the second it was opened in; the suffix keeps two of one second apart.
-    file = files.EventsWriter(str(place / "events"), f".{resumed}")
+    # Its own writer puts the machine's name there. The end keeps two of one second apart.
+    name = f"events.out.tfevents.{int(time.time())}.compressor.{resumed}"
+    file = records.RecordWriter(str(place / name))
 
     def add(step: int, **what: Any) -> None:
-        file.write_event(protocol.Event(step=step, wall_time=time.time(), **what))
+        file.write(protocol.Event(step=step, wall_time=time.time(), **what).SerializeToString())
 
     def write(epoch: int, facts: Facts) -> None:
         for key, value in facts.items():
             add(epoch, summary=summary.scalar(key, value))
         file.flush()
 
+    add(0, file_version="brain.Event:2")
     # A start hides the events of its step and later: of epochs that are trained again.
     start = protocol.SessionLog(status=protocol.SessionLog.START)
     add(resumed + 1, session_log=start)

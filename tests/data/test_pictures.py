@@ -227,9 +227,9 @@ def test_pictures_are_read_when_they_are_asked_for(
     opened: list[str] = []
     plain = Image.open
 
-    def counted(path: str, *rest: Any) -> Image.Image:
+    def counted(path: str, *rest: Any, **more: Any) -> Image.Image:
         opened.append(path)
-        return plain(path, *rest)
+        return plain(path, *rest, **more)
 
     monkeypatch.setattr(Image, "open", counted)
     train = read(f"images:{tmp_path}?size=4").splits.train

@@ -337,7 +337,7 @@ def test_a_child_has_little(tmp_path: Path) -> None:
         said, _ = guard.guarded("looking", HERE, seconds=7, memory=1 << 30)
     assert said["descriptors"] == [0, 1, 2, guard.RESULT]
     # Set by Python where the language is C, by our package, by PyTorch's compiler.
-    added = {"LC_CTYPE", "ORT_DISABLE_TELEMETRY", "TORCHINDUCTOR_CACHE_DIR"}
+    added = {"LC_CTYPE", "ORT_DISABLE_TELEMETRY", "TORCHINDUCTOR_CACHE_DIR", "TORCH_CPP_LOG_LEVEL"}
     assert {*said["environment"]} <= {*guard.ENVIRONMENT, *guard.SINGLE, *added}
     assert said["status"]["NoNewPrivs"] == 1
     assert (said["status"]["Seccomp"] == 2) == guard.holding()["files"]
@@ -667,7 +667,7 @@ def test_what_a_file_says_of_itself_is_checked_again(
     monkeypatch: pytest.MonkeyPatch, field: str, value: Any
 ) -> None:
     said = {"source": None, "inputs": [], "kind": None, "data": None, "about": {}, field: value}
-    monkeypatch.setattr(guard, "guarded", lambda *_: (said, {}))
+    monkeypatch.setattr(guard, "guarded", lambda *_, **__: (said, {}))
     with pytest.raises(InputError, match="cannot have read"):
         guard.read(HERE)
 

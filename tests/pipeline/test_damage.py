@@ -183,7 +183,7 @@ def test_the_gap_is_of_labelled_training_examples(metric: str) -> None:
     labels = np.arange(700) % 3
     labels[5:400] = UNLABELLED
     judge, how = judging(metric, labels), METRICS["classification"][metric]
-    seen = document._seen(judge)
+    seen = document._seen(judge, 12)
     assert seen is not None
     assert len(seen) == 305
     assert judge.splits is not None
@@ -202,15 +202,15 @@ def test_the_gap_is_of_labelled_training_examples(metric: str) -> None:
 
 def test_there_is_no_gap_without_labels_or_test() -> None:
     nothing = np.full(40, UNLABELLED)
-    assert document._seen(judging("accuracy", nothing)) is None
-    assert document._seen(judging("accuracy", np.zeros(40, np.int64), labelled=False)) is None
-    assert document._seen(replace(judging("accuracy", nothing), splits=None)) is None
+    assert document._seen(judging("accuracy", nothing), 12) is None
+    assert document._seen(judging("accuracy", np.zeros(40, np.int64), labelled=False), 12) is None
+    assert document._seen(replace(judging("accuracy", nothing), splits=None), 12) is None
     judge = judging("accuracy", np.arange(40) % 3)
-    seen = document._seen(judge)
+    seen = document._seen(judge, 12)
     assert document.gap(judge, network(), None, {"accuracy": 0.5}) is None
     assert document.gap(judge, network(), seen, {"skipped": "no data"}) is None
     one = judging("roc_auc", np.zeros(40, np.int64))
-    assert document.gap(one, network(), document._seen(one), {"roc_auc": 0.5}) is None
+    assert document.gap(one, network(), document._seen(one, 12), {"roc_auc": 0.5}) is None
 
 
 def test_the_gap_is_taken_on_no_more_examples_than_time_allows(
@@ -219,11 +219,11 @@ def test_the_gap_is_taken_on_no_more_examples_than_time_allows(
     judge = judging("accuracy", np.arange(900) % 3)
     for limit, wanted in ((1, 256), (12 * 500, 500), (1e12, 900)):
         monkeypatch.setattr(document, "WORK", limit)
-        seen = document._seen(judge)
+        seen = document._seen(judge, 12)
         assert seen is not None
         assert len(seen) == len(set(seen.indices.tolist())) == wanted
     monkeypatch.setattr(document, "SEEN", 300)
-    assert len(document._seen(judge) or ()) == 300
+    assert len(document._seen(judge, 12) or ()) == 300
 
 
 def test_a_document_says_where_it_hurts_and_only_the_others_hurt() -> None:

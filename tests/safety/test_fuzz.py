@@ -10,6 +10,7 @@ would hang, crash or fill the memory there is seen as that, and not as the end o
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -30,6 +31,7 @@ import torch._dynamo
 from corpus import exported, linear, model, outcome, saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 import compressor
@@ -39,6 +41,7 @@ from compressor.loading import guard, onnxfile, torchfile
 from compressor.pipeline.folder import Folder
 from compressor.report.html import html
 from compressor.report.markdown import markdown
+from compressor.report.plots import PICTURES
 
 pytestmark = pytest.mark.skipif(not guard.FORKING, reason="the server is Linux's")
 
@@ -490,6 +493,24 @@ def test_such_a_report_is_drawn_or_one_line(tmp_path: Path, document: Any) -> No
     file = tmp_path / "report.json"
     file.write_text(json.dumps(document), encoding="utf-8")
     outcome(lambda: Report.read(file).save())
+
+
+@pytest.mark.parametrize("kind", ["noise", "cut off", "huge"])
+def test_a_picture_that_is_none_is_left_out(kind: str) -> None:
+    """Of the worst examples; 64 KB of PNG can be 400 million pixels."""
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000) if kind == "huge" else (8, 8)).save(file, "PNG")
+    raw = {"noise": bytes(99), "cut off": file.getvalue()[:50], "huge": file.getvalue()}[kind]
+    text = base64.b64encode(raw).decode()
+    document = json.loads(STORED.read_text(encoding="utf-8"))
+    row = {"example": 1, "target": "a", "baseline": "b", "output": "c", "lost": 1.0}
+    for artifact in document["artifacts"]:
+        artifact["worst"] = [{**row, "picture": text}]
+    assert len(text) < 1 << 16
+    shown = PICTURES["worst.png"]
+    assert bool(shown[0](document)) == (kind == "cut off")  # which only drawing finds out
+    if shown[0](document):
+        assert shown[1](document).startswith(b"\x89PNG")
 
 
 def begun(place: Path) -> Report | None:

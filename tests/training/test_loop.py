@@ -142,8 +142,8 @@ def trained(
             return value
         return batch.share * value + (1 - batch.share) * lost(batch.targets[batch.partner])
 
-    def end(epoch: int, facts: Epoch) -> None:
-        if epoch == wrote:
+    def end(facts: Epoch, epochs: int, seconds: float) -> None:
+        if facts["epoch"] == wrote:  # whole once it is over and where it stands is on disk
             raise Killed
 
     steps = itertools.count(1)
@@ -162,7 +162,7 @@ def trained(
         beside=[adapter],
         keep=keep,
         resume=resume,
-        watching=watched(wrote=end, stepped=stepped),
+        watching=watched(shown=end, stepped=stepped),
     )
     return state_of(model, adapter), timeless(fitted)
 
@@ -295,10 +295,12 @@ def test_the_watch_is_told_where_it_goes_on(tmp_path: Path) -> None:
         def wrote(epoch: int, facts: Epoch) -> None:
             assert facts["epoch"] == epoch
             told.append(("wrote", epoch))
-            if epoch == 2 and resumed == 0:
+
+        def shown(facts: Epoch, epochs: int, seconds: float) -> None:
+            if facts["epoch"] == 2 and resumed == 0:
                 raise Killed
 
-        return nullcontext(Watch(wrote=wrote))
+        return nullcontext(Watch(shown, wrote))
 
     def go() -> Fitted:
         return fit(
