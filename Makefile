@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 MNIST  ?= data/mnist
 BIN    := $(VENV)/bin
+# Files of tests side by side; `python -m pytest` does the same one after the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test slow lint runtimes bench reports clean
@@ -12,10 +14,10 @@ demo: $(VENV)/.demo
 	$(BIN)/compressor run model.pt --prune 0.5 --quantize int8
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .

@@ -235,9 +235,9 @@ def test_mapped_rows_are_read_when_they_are_asked_for(
     decoded: list[int] = []
     plain = Image.open
 
-    def counted(file: Any, *rest: Any) -> Image.Image:
+    def counted(file: Any, *rest: Any, **more: Any) -> Image.Image:
         decoded.append(1)
-        return plain(file, *rest)
+        return plain(file, *rest, **more)
 
     monkeypatch.setattr(Image, "open", counted)
     train = read(f"dataset:{root}?{GRAY}&target=label").splits.train

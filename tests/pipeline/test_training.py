@@ -198,8 +198,13 @@ def test_without_any_data_pictures_are_made_up(tmp_path: Path) -> None:
     model = demo("resnet20", epochs=1, out=tmp_path / "model.pt").path
     net = compressor.load(model)
     path = tmp_path / "bare.pt"
-    compressor.save(net, path, factory="compressor.zoo:resnet20",
-                    arguments={"in_channels": 1, "classes": 10}, inputs=torch.zeros(1, 1, 8, 8))  # fmt: skip
+    compressor.save(
+        net,
+        path,
+        factory="compressor.zoo:resnet20",
+        arguments={"in_channels": 1, "classes": 10},
+        inputs=torch.zeros(1, 1, 8, 8),
+    )
     report = quick(path, tmp_path / "run", prune=0.25, epochs=1, train={"synthesize": 16})
     assert facts(report)["losses"] == {"kd": 1.0}
     assert row(report, "recovered")["accuracy"] == {"skipped": "no data"}
