@@ -108,8 +108,13 @@ def run(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of recovery; 0 skips it")] = None,
     distill: Annotated[
-        bool, typer.Option("--distill/--no-distill", help="recover with the original as teacher")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--distill/--no-distill",
+            help="recover with the original as teacher, or on labels alone (default: on labels "
+            "where all examples have one)",
+        ),
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help=" | ".join(QUANTIZE))] = None,
     teacher: Annotated[
         list[str] | None,

@@ -117,7 +117,7 @@ def edited(
     prune: float | str | None = None,
     keep: Sequence[str] = (),
     epochs: int | None = None,
-    distill: bool = True,
+    distill: bool | None = None,
     quantize: str | None = None,
     student: str | None = None,
     train: Mapping[str, Any] = {},
@@ -167,8 +167,8 @@ def edited(
         flags["prune"]["keep"] = list(keep)
     if epochs:
         flags["distill"]["epochs"] = epochs
-    if not distill:
-        flags["distill"]["loss"] = "labels"
+    if distill is not None:
+        flags["distill"].setdefault("loss", "distill" if distill else "labels")
     changed = [
         replace(step, settings={**step.settings, **flags.get(step.stage, {})}) for step in changed
     ]

@@ -30,7 +30,7 @@ def distill(
     into: Path,
     *,
     training: Training = DEFAULT,
-    loss: str | dict[str, Weight] = "distill",
+    loss: str | dict[str, Weight] = "auto",
     temperature: Positive = 4.0,
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
     layers: tuple[str, ...] | None = None,
@@ -41,9 +41,11 @@ def distill(
 
     The teacher is the task's original model, or those of ``--teacher``. ``loss`` names what of it
     is imitated, one of :data:`~compressor.training.losses.LOSSES` (``distill`` is ``kd``), or is a
-    table of losses and their weights, user's functions among them; ``labels`` is plain
-    fine-tuning. ``layers`` are ``STUDENT=TEACHER`` for losses on hidden layers, which are paired by
-    their names otherwise. Training examples without a label count for the teacher's part only.
+    table of losses and their weights, user's functions among them; ``labels`` is plain fine-tuning.
+    ``auto`` is ``labels`` where every example has one and nobody named a teacher or a student,
+    which nothing beat where it was measured (benchmarks/training), and ``distill`` otherwise.
+    ``layers`` are ``STUDENT=TEACHER`` for losses on hidden layers, which are paired by their names
+    otherwise. Training examples without a label count for the teacher's part only.
 
     Without data, ``synthesize`` makes so many examples from the teacher's batch statistics (Yin et
     al. 2020), and the teacher alone is imitated. ``folds`` adds to the facts what the same training

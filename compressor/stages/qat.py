@@ -71,7 +71,7 @@ def qat(
     except ValueError as error:
         raise Unsuitable(f"int8 training does not suit the model: {one_line(error)}") from None
     ranged = evaluate(model, task.splits.validate, metric)
-    aim = aimed(task, weight=weight, temperature=temperature)
+    aim = aimed(task, "distill", weight, temperature)
     key = f"{artifact.digest} {how.to_json()} {aim} {samples} {task.reads} {task.seed}"
     with held(model, artifact):
         fitted = recover(model, task, how, aim, into=into, key=key)

@@ -60,16 +60,22 @@ class Aim(NamedTuple):
 
 def aimed(
     task: Task,
-    loss: str | Mapping[str, float] = "distill",
+    loss: str | Mapping[str, float] = "auto",
     weight: float = 0.5,
     temperature: float = 4.0,
     layers: Sequence[str] | None = None,
 ) -> Aim:
     """The aim that settings stand for: one loss by name has ``weight``, and labels the rest.
 
+    ``auto`` is ``labels`` where all examples have one and nobody named a teacher or a student, else
+    ``distill``.
+
     Raises :class:`InputError` for losses that the task does not have, and for labels where there
     are none.
     """
+    if loss == "auto":
+        asked = bool(task.teachers or task.students) or not task.labelled
+        loss = "distill" if asked or not _all_labelled(task) else "labels"
     if not isinstance(loss, str):
         weights = dict(loss)
     elif loss == "labels" or ":" in loss:
@@ -88,6 +94,13 @@ def aimed(
         if ":" in name and name not in task.functions:
             raise InputError(f"loss {name!r} is code to run: add --loss {name} if you trust it")
     return Aim(weights, temperature, layers)
+
+
+def _all_labelled(task: Task) -> bool:
+    """Whether every training example has a label; a custom task says itself what it needs."""
+    if task.splits is None or task.kind == "custom":
+        return task.splits is None
+    return all(labelled(told).all() for told in targets(task.splits.train, 4096))
 
 
 def from_labels(kind: Kind) -> Objective:

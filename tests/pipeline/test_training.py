@@ -90,7 +90,7 @@ def test_a_student_is_a_row_of_its_own(trained: Path, tmp_path: Path, own: str) 
 
 def test_another_teacher_and_several(trained: Path, tmp_path: Path) -> None:
     other = demo("cnn", epochs=3, seed=5, out=tmp_path / "other.pt").path
-    common: dict[str, Any] = {"prune": 0.5, "epochs": 1}
+    common: dict[str, Any] = {"prune": 0.5, "epochs": 1, "distill": True}
     two = quick(trained, tmp_path / "two", **common, teacher=[trained, other])
     alone = quick(trained, tmp_path / "alone", **common)
     same = quick(trained, tmp_path / "same", **common, teacher=[trained])

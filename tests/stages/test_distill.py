@@ -108,7 +108,8 @@ def test_the_teacher_is_asked_once_a_batch_and_never_changed(
     handed = iter([Counted(), teacher])  # first what the artifact is filled into
     source = at_rest(table(Counted()), tmp_path)
     task = table(Counted(), model=lambda: next(handed))
-    perform(distill, source, task, tmp_path / "r", epochs=1, batch_size=32, **given)
+    how = {"loss": "distill", "epochs": 1, "batch_size": 32, **given}
+    perform(distill, source, task, tmp_path / "r", **how)
     assert teacher.calls == asked
     assert same(teacher, before)
     assert not teacher.training
@@ -136,7 +137,7 @@ def distinct(folder: Path, task: Task, **given: Any) -> tuple[nn.Module, dict[st
     path = folder / "start.safetensors"
     torchfile.write(path, start, task.source)
     source = type(at_rest(task, folder)).of(path, "torch")
-    made = perform(distill, source, task, folder / "r", epochs=3, **given)
+    made = perform(distill, source, task, folder / "r", epochs=3, loss="distill", **given)
     return torchfile.open_model(made, task)[0], dict(made.steps[-1])
 
 

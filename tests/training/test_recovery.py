@@ -57,7 +57,7 @@ def trained(task: Task, *, student: nn.Module | None = None, **how: Any) -> nn.M
         model,
         task,
         Training(epochs=2, batch_size=16),
-        aimed(task, **how),
+        aimed(task, **{"loss": "distill", **how}),
         **{"keep": "last", **settings},  # the best may be those before
     )
     return model
@@ -75,6 +75,17 @@ def test_a_name_shares_the_weight_with_labels(loss: str, weight: float) -> None:
     assert weights.get(name, 0.0) == weight
     assert weights.get("labels", 0.0) == 1 - weight
     assert all(weights.values())
+
+
+def test_what_is_aimed_at_by_itself() -> None:
+    """The teacher counts where labels are missing, or where somebody named one."""
+    alone, both = {"labels": 1.0}, {"labels": 0.5, "kd": 0.5}
+    few = np.where(np.arange(60) < 2, Y[:60], UNLABELLED)
+    assert aimed(around(mlp())).weights == alone
+    assert aimed(around(mlp(), train=few)).weights == both
+    assert aimed(around(mlp(), teachers=(mlp,))).weights == both
+    assert aimed(around(mlp(), students={"shop:small": mlp})).weights == both
+    assert aimed(around(mlp(), labelled=False)).weights == {"kd": 1.0}
 
 
 def test_labels_alone_ask_no_teacher() -> None:
@@ -176,7 +187,8 @@ def test_what_is_kept_of_the_teacher_changes_nothing(tmp_path: Path) -> None:
 def test_what_changes_a_batch_is_told_the_teacher(tmp_path: Path, how: dict[str, Any]) -> None:
     """Outputs on the examples as they are would be wrong for those that were changed."""
     task = around(mlp(), functions={"./a.py:f": lambda batch: batch + 1.0})
-    recover(mlp(seed=1), task, Training(epochs=2, **how), into=tmp_path / "r", key="k")
+    aim = aimed(task, "distill")
+    recover(mlp(seed=1), task, Training(epochs=2, **how), aim, into=tmp_path / "r", key="k")
     assert not (tmp_path / "r.teacher.npy").exists()
 
 
