@@ -160,7 +160,7 @@ def test_a_graph_costs_what_its_model_costs(name: str, tmp_path: Path) -> None:
     folds = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if not folds and name != "vit":  # whose attention has a bias that cancels out
         assert found.params == params(model)
-    assert 0.99 * params(model) < found.params <= params(model)
+    assert 0.98 * params(model) < found.params <= params(model)
 
 
 DOMAINS = {"": 23, "com.microsoft": 1, "ai.onnx.ml": 5, "own": 1}
