@@ -18,6 +18,7 @@ import typer
 
 from compressor import __version__
 from compressor.errors import BudgetError, CompressorError, InputError, StageError, one_line
+from compressor.interrupt import listening
 from compressor.measurement import PLACES
 from compressor.recipe import LOGS, QUANTIZE
 
@@ -505,7 +506,8 @@ def main() -> None:
 def guarded(debug: bool) -> Iterator[None]:
     """Turns errors into one line on standard error and an exit code; see ``errors``."""
     try:
-        yield
+        with listening():
+            yield
     except CompressorError as error:
         if debug:
             raise

@@ -12,6 +12,7 @@ from typing import Any
 
 from compressor.artifact import Artifact, Onnx, copy
 from compressor.errors import CompressorError, InputError, StageError, Unsuitable, one_line
+from compressor.interrupt import heard
 from compressor.loading import torchfile
 from compressor.measure.environment import cpu, versions
 from compressor.measure.worker import peak_rss_bytes
@@ -197,7 +198,8 @@ class Maker:
         with watched() as seen:
             try:
                 into = self.folder.artifacts / step.name
-                made = self._performed(step, source, into)
+                with heard():
+                    made = self._performed(step, source, into)
             except Unsuitable as error:
                 reason = str(error)
             except KeyboardInterrupt:
