@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from compressor import __version__
+from compressor import __version__, guard
 from compressor.errors import BudgetError, CompressorError, InputError, StageError, one_line
 from compressor.interrupt import listening
 from compressor.measurement import PLACES
@@ -185,6 +185,7 @@ def run(
 ) -> None:
     """Prune, recover, quantize, export and measure a model; write the report."""
     with guarded(debug):
+        _ahead(model, trust_pickle or dry_run)
         flags: dict[str, Any] = {
             "recipe": recipe,
             "prune": prune,
@@ -406,6 +407,7 @@ def inspect(
 ) -> None:
     """Say what a model is, what can be pruned and quantized, and (--sensitivity) what hurts."""
     with guarded(debug):
+        _ahead(model, trust_pickle)
         from compressor import inspection
 
         with progress() as shown:
@@ -473,8 +475,6 @@ def doctor() -> None:
             print(f"{name:14} {version}")
         print(f"{'cpu':14} {cpu['model']}, {cpu['cores']} cores")
         print(f"{'features':14} {' '.join(cpu['features']) or 'none of those that matter'}")
-        from compressor.loading import guard
-
         held = [name for name, holds in guard.holding().items() if holds]
         print(f"{'guard':14} files are read with limits on {', '.join(held) or 'time alone'}")
         with Worker() as worker:
@@ -527,6 +527,13 @@ def guarded(debug: bool) -> Iterator[None]:
         if debug:
             raise
         _end(f"{type(error).__name__}: {one_line(error)} (a fault of ours: --debug shows where)", 3)
+
+
+def _ahead(model: str, unread: bool) -> None:
+    """The process that will read the file comes up while PyTorch is imported here."""
+    path = Path(model)
+    if not unread and path.is_file() and path.suffix not in (".onnx", ".safetensors"):
+        guard.start("compressor.loading.readers")
 
 
 def _show(report: Report) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compressor.artifact import replacing, write_text
 from compressor.data import SOURCES
 from compressor.errors import InputError, StageError, one_line
+from compressor.glance import glance
 from compressor.loading import checkpoint, embedded, formats, hub, pickled, torchfile
 from compressor.loading import task as tasks
 from compressor.loading.task import tensors
@@ -87,6 +88,9 @@ def inspect(
     written with their plot to ``out`` (default ``reports/<name>-sensitivity``); otherwise nothing
     is written.
 
+    A file that gives no model as it stands (ONNX, weights alone, foreign classes) is described as
+    far as that goes without executing it; ``document["needs"]`` says what is missing.
+
     Raises :class:`InputError`, before any work where that is possible, for what cannot be read, for
     a folder that holds somebody else's curves, and for ``sensitivity`` where nothing can be cut.
     """
@@ -96,7 +100,14 @@ def inspect(
         raise InputError(f"--out {out}: only --sensitivity writes files")
     steps = 3 if sensitivity else 2
     progress(0, steps, "loading")
-    task = tasks(model, data=data, arch=arch, weights=weights, trusted=trust_pickle)
+    try:
+        task = tasks(model, data=data, arch=arch, weights=weights, trusted=trust_pickle)
+    except InputError as missing:
+        asked = data or arch or weights or trust_pickle or sensitivity
+        seen = None if asked or isinstance(model, nn.Module) else glance(Path(model), missing)
+        if seen is None:
+            raise
+        return Inspection(seen)
     dense = task.model()
     about = _about(model, dense, task, arch, data)
     folder = Path(out) if out is not None else Path("reports") / f"{task.name}-sensitivity"

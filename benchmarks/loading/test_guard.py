@@ -16,7 +16,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from compressor.loading import guard
+from compressor import guard
+from compressor.guard import server
+from compressor.loading import readers
 
 ROUNDS = 31
 
@@ -48,7 +50,7 @@ def test_guarded(benchmark: BenchmarkFixture, tmp_path: Path, megabytes: int) ->
     torch.save({f"w{at}": torch.rand(megabytes * 12_500) for at in range(20)}, path)
 
     def ours() -> float:
-        return total(guard.read(path).state)
+        return total(readers.read(path).state)
 
     def bare() -> float:
         return total(torch.load(path, weights_only=True))
@@ -74,12 +76,12 @@ def test_first(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
 
     def first() -> None:
         guard.close()
-        guard.read(path)
+        readers.read(path)
 
     def spawned() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(guard, "FORKING", False)
-            guard.read(path)
+            patch.setattr(server, "FORKING", False)
+            readers.read(path)
 
     def imported() -> None:
         subprocess.run([sys.executable, "-c", "import torch"], check=True)

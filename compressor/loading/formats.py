@@ -6,8 +6,8 @@ what                       read by                         its structure
 ``.safetensors`` of ours   :mod:`.torchfile`               the source and the edits in its header
 ``.pt``, ``.pth``          :mod:`.checkpoint`, in a child  the file's own source, or ``--arch``
 a pickled module           :mod:`.pickled`, in a child     its layers, if all are PyTorch's own
-TorchScript                PyTorch, if it is trusted       rebuilt from its graph
-``.pt2``                   :mod:`.pt2`, in a child         rebuilt from its graph
+TorchScript                PyTorch, if it is trusted       rebuilt from its graph, or ONNX alone
+``.pt2``                   :mod:`.pt2`, in a child         the same; ONNX alone if it is trusted
 a folder                   :mod:`.hub`                     ``config.json``, by transformers
 ``timm:NAME[=FILE]``       :mod:`.hub`                     timm, torchvision
 =========================  ==============================  ========================================
@@ -21,7 +21,8 @@ import inspect
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ from torch import nn
 from compressor import names
 from compressor.artifact import digest
 from compressor.errors import InputError, one_line
-from compressor.loading import checkpoint, embedded, guard, hub, onnxfile, pickled, torchfile
+from compressor.loading import checkpoint, embedded, hub, onnxfile, pickled, readers, torchfile
 from compressor.loading.checkpoint import ZOO, Described
+from compressor.loading.opaque import Opaque
 from compressor.loading.sketch import sketch
 from compressor.loading.torchfile import Source, State
 from compressor.task import Inputs
@@ -75,7 +77,8 @@ def opened(
 
     ``weights`` is the key of a checkpoint's weights, such as ``ema``; ``trusted`` lets a pickle
     execute what it carries. ``example`` is a batch of the data, which TorchScript needs to become
-    a graph. Raises :class:`InputError`, one line, for what cannot be read.
+    a graph. Raises :class:`InputError`, one line, for what cannot be read; that is an
+    :class:`Opaque` where PyTorch may still export a trusted program.
     """
     path = Path(model)
     if str(model).partition(":")[0] in hub.PACKAGES:
@@ -90,14 +93,16 @@ def opened(
             f"{path} is ONNX, which has no layers to load: compressor run and bench take it as it "
             "is"
         )
-    if trusted:
+    program = path.suffix == ".pt2" or checkpoint.entries(path, checkpoint.GRAPH)
+    if trusted and not program:
         built = pickled.trusted(path).cpu().eval()
         if isinstance(built, torch.jit.ScriptModule):
             return _scripted(path, built, example)
         named = f"{PICKLED}{type(built).__module__}.{type(built).__qualname__}"
         return Loaded(built, {"factory": named, "arguments": {}}, Described({}))
-    if path.suffix == ".pt2" or checkpoint.entries(path, checkpoint.GRAPH):
-        description, state, inputs = guard.read_pt2(path)
+    if program:
+        with _opaque(path, trusted):
+            description, state, inputs = readers.read_pt2(path)
         return _embedded(path, description, state, Described({}, inputs=inputs))
     if path.suffix == torchfile.SUFFIX and torchfile.header(path):
         built, source = torchfile.rebuild(
@@ -105,9 +110,9 @@ def opened(
         )
         return Loaded(built, source, Described({}))
     if arch is None and _whole(path):
-        description, state = guard.guarded("pickled", path)
+        description, state = readers.guarded("pickled", path)
         return _embedded(path, description, state, Described({}))
-    said = guard.read(path, weights)
+    said = readers.read(path, weights)
     if said.source is None and arch is None:
         raise InputError(
             f"{path} holds weights only: add --arch PKG.MOD:FACTORY, the function that builds "
@@ -143,14 +148,25 @@ def _scripted(path: Path, program: torch.jit.ScriptModule, example: Inputs | Non
                 batch = tuple(map(torch.from_numpy, example))
                 torch.export.save(TS2EPConverter(program, batch).convert(), graph)
         except Exception as error:
-            raise InputError(
+            raise Opaque(
+                path,
                 f"{path} does not become a graph ({one_line(error, 120)}): save it with "
-                "torch.export or as ONNX where it was made"
+                "torch.export or as ONNX where it was made",
             ) from None
         finally:
             logging.disable(heard)
-        description, state, inputs = guard.read_pt2(graph)
+        with _opaque(path, True):
+            description, state, inputs = readers.read_pt2(graph)
     return _embedded(path, description, state, Described({}, inputs=inputs))
+
+
+@contextmanager
+def _opaque(path: Path, trusted: bool) -> Iterator[None]:
+    """A program that cannot be rebuilt is not given up where PyTorch may load it."""
+    try:
+        yield
+    except InputError as error:
+        raise Opaque(path, str(error)) if trusted else error from None
 
 
 def _embedded(path: Path, description: Mapping[str, Any], state: State, said: Described) -> Loaded:

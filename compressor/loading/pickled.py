@@ -416,6 +416,15 @@ def classes(path: Path) -> list[str]:
 
     Of a file that is damaged those that stand before the damage; none for one without pickles.
     """
+    return sorted(".".join(name) for name in _asked(path))
+
+
+def foreign(path: Path) -> list[str]:
+    """Those of :func:`classes` that neither PyTorch's layers nor its tensors have: code."""
+    return sorted(".".join(name) for name in _asked(path) if not _is_known(name))
+
+
+def _asked(path: Path) -> dict[Global, None]:
     machine = Machine(_seen)
     for stream in _pickles(path):
         try:
@@ -423,7 +432,7 @@ def classes(path: Path) -> list[str]:
                 machine.run(stream)
         except Exception:
             continue  # the end of the file, or what no model has
-    return sorted(".".join(name) for name in machine.names)
+    return machine.names
 
 
 def _seen(said: Any) -> Any:

@@ -20,7 +20,7 @@ from compressor.errors import InputError, one_line
 from compressor.loading import embedded, torchfile
 from compressor.loading.embedded import Description
 from compressor.loading.graph.archive import Archive
-from compressor.loading.graph.program import Program, program
+from compressor.loading.graph.program import AS_IT_IS, Program, program
 from compressor.loading.graph.rebuild import Rebuilding, Stuck, batch_of, other_batch
 from compressor.task import Input
 
@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor], tuple[Input, ...]]
     except Stuck as error:
         raise InputError(
             f"{path} has a step that cannot be rebuilt: {one_line(error, 160)}; give the model and "
-            "--arch PKG.MOD:FACTORY"
+            f"--arch PKG.MOD:FACTORY, or, if you trust the file, {AS_IT_IS}"
         ) from None
     except Exception as error:
         raise InputError(

@@ -16,6 +16,7 @@ from compressor.artifact import Artifact, copy, write_text
 from compressor.errors import InputError
 from compressor.loading import formats, onnxfile, onnxtask
 from compressor.loading import task as tasks
+from compressor.loading.opaque import Opaque
 from compressor.loading.torchfile import state_digest
 from compressor.measure import protocol
 from compressor.measure.environment import cores, installed
@@ -23,7 +24,7 @@ from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import own, verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
-from compressor.pipeline.entries import behaviour, original
+from compressor.pipeline.entries import behaviour, original, program
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.making import Maker, follow
 from compressor.pipeline.measuring import leave, measure, race, rival
@@ -132,37 +133,36 @@ def run(
     if given is None and (inputs or domains):
         flag = f"--input {inputs[0]!r}" if inputs else f"--domain {domains[0]!r}"
         raise InputError(f"{flag}: only ONNX files are asked for that; this is a PyTorch model")
+    torch_only = {"arch": arch, "teacher": masters, "student": student, "weights": weights}
     if given is not None:
-        measurable(given, steps, arch=arch, teacher=masters, student=student, weights=weights)
+        measurable(f"{given.name} is ONNX: {onnxtask.NEEDED}", steps, **torch_only)
     with joined(processes) as around, ExitStack() as stack:
         file: Artifact | None = None
+        judged: dict[str, Any] = {
+            "data": data,
+            "metric": metric,
+            "kind": kind,
+            "seed": seed,
+            "functions": functions,
+        }
+        if given is None:
+            try:
+                task = tasks(
+                    model,
+                    arch=arch,
+                    teachers=masters,
+                    teacher_arch=teacher_arch,
+                    student=student,
+                    weights=weights,
+                    trusted=trust_pickle,
+                    **judged,
+                )
+            except Opaque as error:
+                measurable(str(error), steps, **torch_only)
+                given = stack.enter_context(program(error, data))
         if given is not None:
             task, file = stack.enter_context(
-                original(
-                    given,
-                    data=data,
-                    inputs=inputs,
-                    domains=domains,
-                    metric=metric,
-                    kind=kind,
-                    seed=seed,
-                    functions=functions,
-                )
-            )
-        else:
-            task = tasks(
-                model,
-                data=data,
-                arch=arch,
-                metric=metric,
-                kind=kind,
-                seed=seed,
-                teachers=masters,
-                teacher_arch=teacher_arch,
-                student=student,
-                functions=functions,
-                weights=weights,
-                trusted=trust_pickle,
+                original(given, inputs=inputs, domains=domains, **judged)
             )
         until = None if time_budget is None else began + time_budget
         task = replace(task, target=targets[0], budget=budget, until=until, logs=tuple(kept))
@@ -310,19 +310,15 @@ def onnx_path(model: object) -> Path | None:
     return Path(model) if named else None  # type: ignore[arg-type]
 
 
-def measurable(path: Path, steps: Recipe, **torch: Any) -> None:
-    """Raises :class:`InputError` for a step or an argument that an ONNX file has no use for."""
+def measurable(why: str, steps: Recipe, **torch: Any) -> None:
+    """Raises :class:`InputError` for a step or an argument that a graph without layers has no use
+    for; ``why`` there are none."""
     for step in steps:
         if form_taken(STAGES[step.stage]) == "torch":
-            raise InputError(
-                f"step {step.name!r}: {step.stage} changes a PyTorch model, and {path.name} is "
-                f"ONNX: {onnxtask.NEEDED}"
-            )
+            raise InputError(f"step {step.name!r}: {step.stage} changes a PyTorch model, and {why}")
     for name, value in torch.items():
         if value:
-            raise InputError(
-                f"--{name} is for PyTorch models, and {path.name} is ONNX: {onnxtask.NEEDED}"
-            )
+            raise InputError(f"--{name} is for PyTorch models, and {why}")
 
 
 def others(task: Task) -> list[Callable[[], nn.Module]]:

@@ -24,6 +24,7 @@ from compressor.loading import onnxfile, onnxtask, torchfile
 from compressor.loading import task as tasks
 from compressor.loading.checkpoint import inputs_like
 from compressor.loading.onnxfile import Asked, OnnxFile
+from compressor.loading.opaque import Opaque, converted
 from compressor.loading.task import SPLIT_SEED, tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.environment import cores
@@ -387,3 +388,12 @@ def original(
         except WorkerFailed as error:
             raise InputError(f"{path} does not run: {error}") from None
         yield task, adopted
+
+
+@contextmanager
+def program(why: Opaque, data: Any) -> Iterator[Path]:
+    """The ONNX file, while the block lasts, of a trusted program that no layers come from."""
+    given = _data(data)
+    example = given.splits.train.head(2)[0] if given else None
+    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
+        yield converted(why, Path(folder), example)

@@ -17,6 +17,9 @@ def parts(document: Document) -> Iterator[str]:
     """The tables of an inspection, one after the other, for a terminal."""
     header = ["model", plain(document["name"])]
     yield render(header, list(_facts(document)), markdown=False, left=2)
+    if "needs" in document:
+        yield from _held(document)
+        return
     if document["failed"]:
         yield f"pruning: cannot be followed: {plain(document['failed'])}"
     elif document["groups"]:
@@ -47,22 +50,42 @@ def parts(document: Document) -> Iterator[str]:
         yield _sensitivity(document["sensitivity"])
 
 
+MANY = 20
+"""Rows of a table of tensors."""
+
+
+def _held(document: Document) -> Iterator[str]:
+    """What a file holds that gives no model as it stands, and what is missing."""
+    for what, left in (("operators", 1), ("tensors", 2)):
+        if held := document.get(what):
+            rows = [[plain(name), str(value)] for name, value in list(held.items())[:MANY]]
+            more = f"\nand {len(held) - MANY:,} more" if len(held) > MANY else ""
+            yield (
+                render([what, "" if left == 2 else "times"], rows, markdown=False, left=left) + more
+            )
+    yield f"as it stands: {plain(document['needs'])}"
+
+
 def _facts(document: Document) -> Iterator[list[str]]:
     if document["file"] is not None:
         yield ["file", plain(document["file"])]
     yield ["format", document["format"]]
     yield ["sha256", document["sha256"]]
-    if document["factory"] is not None:
+    if document.get("factory") is not None:
         yield ["factory", plain(document["factory"])]
     if document["file"] is not None:
         yield ["loading runs", plain(", ".join(document["executes"])) or "nothing"]
-    yield ["parameters", f"{count(document['params'])} ({document['params']:,})"]
-    yield ["MACs per example", f"{count(document['macs'])} ({document['macs']:,})"]
-    yield ["state", f"{size(document['state_bytes'])} ({document['state_bytes']:,} bytes)"]
+    for title, key in (("parameters", "params"), ("MACs per example", "macs")):
+        if document[key] is not None:
+            yield [title, f"{count(document[key])} ({document[key]:,})"]
+    if document["state_bytes"] is not None:
+        yield ["state", f"{size(document['state_bytes'])} ({document['state_bytes']:,} bytes)"]
     for given in document["inputs"]:
         yield ["input", f"{plain(given['name'])}: {given['dtype']} {_times(given['shape'])}"]
     for made in document["outputs"]:
         yield ["output", f"{made['dtype']} {_times(made['shape'])}"]
+    if "needs" in document:
+        return
     if document["data"] is None:
         yield ["task", f"{document['kind']}, no data"]
     else:

@@ -371,7 +371,12 @@ REFUSED: list[tuple[str, bytes | dict[str, Any], str, str]] = [
     ("a.csv", csv_of("x,y", "1,a", count=9), "target=y&separator=ab", "option separator='ab'"),
     ("a.txt", csv_of("x,y", "1,a", count=9), "target=y", "a.txt is no table: give a .csv"),
     ("a.csv.gz", csv_of("x,y", "1,a", count=9), "target=y", "cannot be read: Not a gzipped file"),
-    ("a.csv.gz", gzip.compress(csv_of("x,y", "1,a", count=99))[:-9], "target=y", "cannot be read"),
+    (
+        "a.csv.gz",
+        gzip.compress(csv_of("x,y", "1,a", count=99), mtime=0)[:-9],
+        "target=y",
+        "cannot be read",
+    ),
     ("a.parquet", b"PAR1" * 9, "target=y", "a.parquet cannot be read: "),
     ("a.parquet", {"x": [DAY] * 20, "y": ["a", "b"] * 10}, "target=y", "'x' holds times"),
     ("a.parquet", {"x": [[1]] * 20, "y": ["a", "b"] * 10}, "target=y", "'x' is of type list"),

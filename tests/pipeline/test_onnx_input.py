@@ -18,6 +18,7 @@ import compressor
 from compressor import pipeline
 from compressor.artifact import digest
 from compressor.errors import InputError
+from compressor.loading import onnxtask
 from compressor.loading import task as tasks
 from compressor.measure.counting import counted
 from compressor.pipeline.entries import Runner, behaviour, original
@@ -197,7 +198,7 @@ def test_what_trains_or_cuts_needs_the_pytorch_model(
 @pytest.mark.parametrize("stage", TORCH)
 def test_every_stage_of_pytorch_says_so(stage: str) -> None:
     with pytest.raises(InputError, match=f"step 'a': {stage} changes a PyTorch .*{NEEDS}"):
-        pipeline.measurable(Path("m.onnx"), (Step(stage, {}, "a", "baseline"),))
+        pipeline.measurable(f"it is ONNX: {onnxtask.NEEDED}", (Step(stage, {}, "a", "baseline"),))
     assert set(TORCH) == set(STAGES) - {"quantize"}
     assert QUANTIZE  # of which all but qat are for ONNX
 

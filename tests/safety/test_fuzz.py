@@ -4,7 +4,7 @@ Where a form has a checksum (a digest of ours, the CRC-32 of a zip or gzip file)
 number passes. Where it has none (bare weights, ONNX, CSV, TOML, JSON, plain IDX) a changed number
 is another number, and nobody can know: that is shown here, not promised away.
 
-Files are read in the limited child of :mod:`compressor.loading.guard`, many in one child: what
+Files are read in the limited child of :mod:`compressor.guard`, many in one child: what
 would hang, crash or fill the memory there is seen as that, and not as the end of the tests.
 """
 
@@ -35,15 +35,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import compressor
-from compressor import InputError, Report, recipe, stages
+from compressor import InputError, Report, guard, recipe, stages
 from compressor.data import arrays, idx
-from compressor.loading import guard, onnxfile, torchfile
+from compressor.guard.child import found
+from compressor.guard.server import FORKING
+from compressor.loading import onnxfile, readers, torchfile
 from compressor.pipeline.folder import Folder
 from compressor.report.html import html
 from compressor.report.markdown import markdown
 from compressor.report.plots import PICTURES
 
-pytestmark = pytest.mark.skipif(not guard.FORKING, reason="the server is Linux's")
+pytestmark = pytest.mark.skipif(not FORKING, reason="the server is Linux's")
 
 HERE = Path(__file__)
 STORED = HERE.parents[2] / "reports" / "mnist-cnn" / "report.json"
@@ -71,12 +73,12 @@ def tensors(state: Any) -> str:
 
 
 def checkpoint(path: Path) -> str:
-    said, state = guard._found(guard.READERS["checkpoint"])(path)
+    said, state = found(readers.READERS["checkpoint"])(path)
     return described(said["source"], said, state)
 
 
 def safetensors(path: Path) -> str:
-    said, state = guard._found(guard.READERS["safetensors"])(path)
+    said, state = found(readers.READERS["safetensors"])(path)
     return described(said["header"], said, state)
 
 
@@ -88,7 +90,7 @@ def described(source: Any, said: Any, state: Any) -> str:
 
 
 def pt2(path: Path) -> str:
-    said, state = guard._found(guard.READERS["pt2"])(path)
+    said, state = found(readers.READERS["pt2"])(path)
     return digest(json.dumps(said, sort_keys=True)) + tensors(state)
 
 
@@ -241,7 +243,7 @@ def _server() -> Iterator[None]:
     """This file's reader, in a server that can import it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE.parents[2]}")
-        patch.setitem(guard.READERS, "fuzzed", f"{HERE.stem}:reading")
+        patch.setitem(readers.READERS, "fuzzed", f"{HERE.stem}:reading")
         guard.close()
         yield
         guard.close()
@@ -296,7 +298,7 @@ def fuzzed(
         whole = folder / f"whole{suffix}"
         whole.mkdir()
         (whole / f"whole{suffix}").write_bytes(sound[suffix])
-        ((_, (kind, expected)),) = guard.guarded("fuzzed", whole)[0].items()
+        ((_, (kind, expected)),) = readers.guarded("fuzzed", whole)[0].items()
         assert kind == "read", expected
         step = 20 if suffix in (".pt2", ".json") else 200
         for start in range(first, first + count, step):
@@ -317,7 +319,7 @@ def fuzzed(
 
 def read(batch: Path) -> dict[str, tuple[str, str]]:
     """What became of each file of a folder: all in one child, or where that ended each in one."""
-    said, line = outcome(lambda: guard.guarded("fuzzed", batch)[0])
+    said, line = outcome(lambda: readers.guarded("fuzzed", batch)[0])
     if not line:
         return dict(said)
     files = sorted(batch.iterdir())
@@ -419,7 +421,7 @@ def test_of_bare_weights_nobody_notices_a_change(tmp_path: Path) -> None:
         content = bytearray(path.read_bytes())
         content[-1000] ^= 1
         path.write_bytes(content)
-    found = guard.read(plain).state["w"]
+    found = readers.read(plain).state["w"]
     assert int((found != state["w"]).sum()) == 1
     with pytest.raises(InputError, match="does not match its digest"):
         torchfile.tensors_in(ours, torchfile.header(ours) or {})

@@ -21,12 +21,13 @@ from typing import NamedTuple
 import pytest
 from corpus import saved
 
-from compressor.loading import guard
+from compressor.guard.confine import filtering
+from compressor.guard.server import FORKING
 from compressor.measure.environment import PACKAGES
 from compressor.pipeline.folder import OURS, Folder
 from compressor.report import Report
 
-pytestmark = pytest.mark.skipif(not guard.FORKING, reason="namespaces and filters are Linux's")
+pytestmark = pytest.mark.skipif(not FORKING, reason="namespaces and filters are Linux's")
 
 HERE = Path(__file__).parents[2]
 CANARY = "CANARY"
@@ -103,7 +104,7 @@ def launched(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 needs_filters = pytest.mark.skipif(
-    not (guard.FORKING and guard._filtering()), reason="system calls cannot be filtered here"
+    not (FORKING and filtering()), reason="system calls cannot be filtered here"
 )
 
 
@@ -167,7 +168,7 @@ def ran(root: Path, *flags: str) -> Left:
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
     """The real command on a real model, with everything that writes files switched on."""
-    if not guard._filtering():
+    if not filtering():
         pytest.skip("system calls cannot be filtered here")
     return ran(tmp_path_factory.mktemp("secrets"))
 

@@ -32,6 +32,8 @@ SCALARS: dict[int, torch.dtype] = {
 EAGER = "export it again after model.eval()"
 SAVE = "export it again with torch.export.save"
 
+AS_IT_IS = "--trust-pickle to quantize and measure it as it is"
+
 HERE: Any = object()
 """Stands for a device, a layout or an order in memory: everything computes here, as it lies."""
 
@@ -261,5 +263,6 @@ def _argument(archive: Archive, said: Mapping[str, Any]) -> Any:
             return HERE
     raise InputError(
         f"{archive.path} has a step with {kind.removeprefix('as_').replace('_', ' ')!r:.40} in it, "
-        "which cannot be rebuilt: export the model without nested graphs and objects"
+        "which cannot be rebuilt: export the model without nested graphs and objects, or, if you "
+        f"trust the file, {AS_IT_IS}"
     )
