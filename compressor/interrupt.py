@@ -22,13 +22,13 @@ def listening() -> Iterator[None]:
     For commands: a library leaves the signals to the program that it is part of.
     """
     global _pressed
-    _pressed = False
     before = signal.signal(signal.SIGINT, _press)
     try:
         with heard():
             yield
     finally:
         signal.signal(signal.SIGINT, before)
+        _pressed = False
 
 
 @contextmanager

@@ -52,8 +52,13 @@ def test_it_goes_no_further_than_the_part_that_heard_it() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(ZeroDivisionError), listening():
         raise ZeroDivisionError
-    with listening():
-        pass  # an earlier press is forgotten
+
+
+def test_one_press_ends_one_command() -> None:
+    with pytest.raises(KeyboardInterrupt), listening():
+        os.kill(os.getpid(), signal.SIGINT)
+    with heard():  # in a library call of the same process
+        pass
 
 
 def test_the_handler_is_put_back() -> None:

@@ -26,7 +26,11 @@ from torch.distributed.rendezvous import rendezvous
 from compressor.errors import InputError, StageError, one_line
 
 MEETING = timedelta(minutes=1)
-"""How long processes look for each other when they start, and when one has failed."""
+"""How long processes look for each other when they start."""
+
+WORD = timedelta(seconds=10)
+"""How long one that failed waits to hear whether the others did too, which then come to it within
+the same step."""
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for another: the leader may measure for hours. One that died is noticed
@@ -85,7 +89,7 @@ class World:
             return
         self.store.set(f"met/{name}/{self.rank}", "")
         if failed:
-            self.store.wait([f"met/{name}/{rank}" for rank in range(self.size)], MEETING)
+            self.store.wait([f"met/{name}/{rank}" for rank in range(self.size)], WORD)
         self.sums(torch.zeros(1))
 
     def told(self, given: Any) -> Any:
