@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 MNIST  ?= data/mnist
 BIN    := $(VENV)/bin
-# Files of tests side by side; `python -m pytest` does the same one after the other.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Tests side by side; `python -m pytest` does the same one after the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test slow lint runtimes bench reports clean

@@ -262,6 +262,7 @@ def trained_on(model: Path) -> int:
     return len(splits.train)
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_is_a_clear_line(stopped: tuple[Path, list[Ended]]) -> None:
     killed = stopped[1][0]
     assert killed.code != 0
@@ -270,6 +271,7 @@ def test_one_that_is_killed_is_a_clear_line(stopped: tuple[Path, list[Ended]]) -
     assert "report: " not in killed.out
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_a_clear_line(stopped: tuple[Path, list[Ended]]) -> None:
     interrupted = stopped[1][1]
     assert interrupted.code != 0
@@ -278,6 +280,7 @@ def test_an_interrupt_is_a_clear_line(stopped: tuple[Path, list[Ended]]) -> None
     assert "report: " not in interrupted.out
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_to_the_same_end(
     stopped: tuple[Path, list[Ended]], launched: tuple[Ended, Path]
 ) -> None:
