@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -110,6 +111,14 @@ class Artifact:
 Torch = Annotated[Artifact, "torch"]
 Onnx = Annotated[Artifact, "onnx"]
 """What a stage takes and gives, said in its signature; the runner exports where it has to."""
+
+
+def zipped(path: Path) -> bool:
+    """Whether ``path`` is a zip file, perhaps a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one in several parts, or made to look like it
+        return True
 
 
 def digest(*paths: Path) -> str:

@@ -6,14 +6,14 @@ inspection says in ``needs`` what is missing; what it cannot know without execut
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact import digest
+from compressor.artifact import digest, zipped
 from compressor.errors import InputError
 from compressor.loading import checkpoint, onnxfile, onnxtask, pickled, readers, torchfile
+from compressor.loading.graph.archive import Archive
 from compressor.measure.counting import counted
 from compressor.report.table import plain
 
@@ -55,19 +55,22 @@ def _form(path: Path) -> Document | None:
         return None if torchfile.header(path) else _weights(path, "safetensors, weights only")
     if checkpoint.entries(path, checkpoint.GRAPH):
         return _program(path)
-    names = _names(path)
-    if any("/code/" in name for name in names):
-        code = [name for name in names if "/code/" in name and name.endswith(".py")]
+    held = Archive(path).entries if zipped(path) else {}
+    # Of numbers beside a pickle; a file of the older form has all in one.
+    numbers = sum(
+        one.file_size for name, one in held.items() if name.startswith(("data/", "constants/"))
+    )
+    if code := [name for name in held if name.startswith("code/") and name.endswith(".py")]:
         return {
             "format": f"TorchScript program, {len(code)} files of code",
             "executes": [f"its own code {TRUSTED}"],
-            "state_bytes": _stored(path, names),
+            "state_bytes": numbers,
         }
     if foreign := pickled.foreign(path):
         return {
             "format": "pickled objects of foreign classes",
             "executes": [f"{name} {TRUSTED}" for name in foreign],
-            "state_bytes": _stored(path, names) if names else None,
+            "state_bytes": numbers if held else None,
         }
     return _weights(path, "PyTorch checkpoint, weights only")
 
@@ -117,20 +120,3 @@ def _weights(path: Path, form: str) -> Document | None:
             for name, tensor in found.state.items()
         },
     }
-
-
-def _names(path: Path) -> list[str]:
-    if not zipfile.is_zipfile(path):
-        return []
-    with zipfile.ZipFile(path) as archive:
-        return archive.namelist()
-
-
-def _stored(path: Path, names: list[str]) -> int:
-    """Bytes of the numbers beside a pickle."""
-    with zipfile.ZipFile(path) as archive:
-        return sum(
-            archive.getinfo(name).file_size
-            for name in names
-            if "/data/" in name or "/constants/" in name
-        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compressor.artifact import zipped
 from compressor.data.live import BARE, NAMES, Data, adopt
 from compressor.errors import InputError, one_line
 
@@ -57,7 +57,7 @@ def _zipped(path: Path) -> dict[str, Any]:
     """The arrays of an ``.npz`` file, in memory."""
     if not path.is_file():
         raise InputError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
+    if not zipped(path):
         raise InputError(
             f"{path} is no npz file: write one with numpy.savez, or x.npy and y.npy into a folder"
         )

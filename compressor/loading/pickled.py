@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import pickletools
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from compressor.artifact import zipped
 from compressor.errors import InputError, one_line
 from compressor.loading import embedded
 from compressor.loading.checkpoint import WRAPPERS
@@ -440,7 +440,7 @@ def _seen(said: Any) -> Any:
 
 
 def _pickles(path: Path) -> Iterator[BinaryIO]:
-    if zipfile.is_zipfile(path):
+    if zipped(path):
         yield from _packed(Archive(path))
     else:
         with path.open("rb") as file:
@@ -463,9 +463,7 @@ def trusted(path: Path) -> nn.Module:
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            if zipfile.is_zipfile(path) and any(
-                name.startswith("code/") for name in Archive(path).entries
-            ):
+            if zipped(path) and any(name.startswith("code/") for name in Archive(path).entries):
                 found: Any = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
             else:
                 found = torch.load(path, map_location="cpu", weights_only=False)

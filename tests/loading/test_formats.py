@@ -138,6 +138,18 @@ def test_code_needs_trust_on_that_very_call(
         assert "\n" not in str(caught.value)
 
 
+def test_an_archive_in_several_parts_is_one_line(tmp_path: Path) -> None:
+    """Python's own test for zip files raises on these."""
+    torch.save(seeded().state_dict(), path := tmp_path / "model.pt")
+    whole = bytearray(path.read_bytes())
+    whole[whole.rindex(b"PK\x06\x07") + 16] ^= 1  # how many parts there are
+    path.write_bytes(whole)
+    for read in (compressor.load, compressor.inspect):
+        with pytest.raises(InputError, match="is not a PyTorch checkpoint") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_torchscript_needs_data_to_become_a_graph(tmp_path: Path) -> None:
     scripted(tmp_path / "model.pt")
     with pytest.raises(InputError, match="is TorchScript, which does not say what it takes: add"):
