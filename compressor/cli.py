@@ -532,7 +532,7 @@ def guarded(debug: bool) -> Iterator[None]:
 def _ahead(model: str, unread: bool) -> None:
     """The process that will read the file comes up while PyTorch is imported here."""
     path = Path(model)
-    if not unread and path.is_file() and path.suffix not in (".onnx", ".safetensors"):
+    if not unread and path.is_file() and path.suffix != ".safetensors":
         guard.start("compressor.loading.readers")
 
 

@@ -17,8 +17,9 @@ from compressor.artifact import replacing, write_text
 from compressor.data import SOURCES
 from compressor.errors import InputError, StageError, one_line
 from compressor.glance import glance
-from compressor.loading import checkpoint, embedded, formats, hub, pickled, torchfile
+from compressor.loading import checkpoint, embedded, formats, hub, readers, torchfile
 from compressor.loading import task as tasks
+from compressor.loading.opaque import Opaque
 from compressor.loading.task import tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.counting import macs, params
@@ -103,7 +104,8 @@ def inspect(
     try:
         task = tasks(model, data=data, arch=arch, weights=weights, trusted=trust_pickle)
     except InputError as missing:
-        asked = data or arch or weights or trust_pickle or sensitivity
+        asked = arch or weights or sensitivity
+        asked = asked or ((data or trust_pickle) and not isinstance(missing, Opaque))
         seen = None if asked or isinstance(model, nn.Module) else glance(Path(model), missing)
         if seen is None:
             raise
@@ -151,7 +153,8 @@ def _about(
     live = isinstance(model, nn.Module)
     executed = []
     if task.source["factory"].startswith(formats.PICKLED):
-        executed += [f"{name} (--trust-pickle)" for name in pickled.classes(Path(str(model)))]
+        asked, _ = readers.guarded("listed", Path(str(model)))
+        executed += [f"{name} (--trust-pickle)" for name in asked["classes"]]
     if arch is not None:
         executed.append(f"{arch if isinstance(arch, str) else factory} (--arch)")
     if isinstance(data, str) and data.partition("?")[0].partition(":")[0] not in SOURCES:

@@ -10,25 +10,30 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NoReturn
 
-_pressed = False
+_pressed: str | None = None
+"""What was said with the key press, if there was one."""
 
 
 @contextmanager
 def listening() -> Iterator[None]:
     """In here SIGINT is remembered, and raises ``KeyboardInterrupt`` as ever.
 
-    For commands: a library leaves the signals to the program that it is part of.
+    For commands: a library leaves the signals to the program that it is part of. Where SIGINT is
+    ignored, as in what a shell runs in the background, or somebody else's, it stays so.
     """
     global _pressed
-    before = signal.signal(signal.SIGINT, _press)
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, lambda number, frame: stop())
     try:
         with heard():
             yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        _pressed = False
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _pressed = None
 
 
 @contextmanager
@@ -37,14 +42,15 @@ def heard() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if _pressed:
-            raise KeyboardInterrupt from None
+        if _pressed is not None:
+            raise KeyboardInterrupt(_pressed) from None
         raise
-    if _pressed:
-        raise KeyboardInterrupt
+    if _pressed is not None:
+        raise KeyboardInterrupt(_pressed)
 
 
-def _press(number: int, frame: Any) -> None:
+def stop(why: str = "") -> NoReturn:
+    """What a key press does; ``why`` where it was none."""
     global _pressed
-    _pressed = True
-    raise KeyboardInterrupt
+    _pressed = why
+    raise KeyboardInterrupt(why)

@@ -114,7 +114,10 @@ def test_a_live_model_executes_nothing_and_is_not_changed() -> None:
 
 def test_the_factory_that_is_run_is_named(tmp_path: Path, nowhere: Path) -> None:
     path = saved(mlp(4, 6, 2), tmp_path / "model.pt", torch.zeros(3, 4))
-    assert "mine:net" in refused("inspect", path)
+    seen = json.loads(call("inspect", path, "--json").stdout)
+    assert seen["executes"] == ["mine:net (--arch)"]
+    assert list(seen["tensors"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert "add --arch mine:net" in seen["needs"]
     arch = factory(tmp_path, "nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))")
     document = json.loads(call("inspect", path, "--arch", arch, "--json").stdout)
     assert document["executes"] == [f"{arch} (--arch)"]

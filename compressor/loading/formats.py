@@ -21,8 +21,7 @@ import inspect
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,8 +100,10 @@ def opened(
         named = f"{PICKLED}{type(built).__module__}.{type(built).__qualname__}"
         return Loaded(built, {"factory": named, "arguments": {}}, Described({}))
     if program:
-        with _opaque(path, trusted):
+        try:
             description, state, inputs = readers.read_pt2(path)
+        except InputError as error:
+            raise (Opaque(path, str(error), scripted=False) if trusted else error) from None
         return _embedded(path, description, state, Described({}, inputs=inputs))
     if path.suffix == torchfile.SUFFIX and torchfile.header(path):
         built, source = torchfile.rebuild(
@@ -126,7 +127,8 @@ def opened(
 def _whole(path: Path) -> bool:
     """Whether a pickle asks for layers of PyTorch, which a state dict has none of."""
     try:
-        return any(name.startswith(pickled.LAYERS) for name in pickled.classes(path))
+        asked = readers.guarded("listed", path)[0]["classes"]
+        return any(name.startswith(pickled.LAYERS) for name in asked)
     except InputError:
         return False  # reading it says what is wrong
 
@@ -152,21 +154,16 @@ def _scripted(path: Path, program: torch.jit.ScriptModule, example: Inputs | Non
                 path,
                 f"{path} does not become a graph ({one_line(error, 120)}): save it with "
                 "torch.export or as ONNX where it was made",
+                scripted=True,
             ) from None
         finally:
             logging.disable(heard)
-        with _opaque(path, True):
+        try:
             description, state, inputs = readers.read_pt2(graph)
+        except InputError as error:
+            said = str(error).replace(str(graph), str(path))
+            raise Opaque(path, said, scripted=True) from None
     return _embedded(path, description, state, Described({}, inputs=inputs))
-
-
-@contextmanager
-def _opaque(path: Path, trusted: bool) -> Iterator[None]:
-    """A program that cannot be rebuilt is not given up where PyTorch may load it."""
-    try:
-        yield
-    except InputError as error:
-        raise Opaque(path, str(error)) if trusted else error from None
 
 
 def _embedded(path: Path, description: Mapping[str, Any], state: State, said: Described) -> Loaded:

@@ -142,7 +142,8 @@ def read(path: Path, domains: Collection[str] = ()) -> OnnxFile:
     Raises :class:`InputError`, one line, for what is no ONNX file; for external data that lies
     outside its folder, is a link of either kind, is missing or is too short; for tensors whose size
     is not that of their shape; for operators of a domain that is neither in :data:`DOMAINS` nor one
-    of ``domains``; for graphs nested too deep and for functions that call themselves.
+    of ``domains``; for graphs nested too deep, functions that call themselves, and nodes that lack
+    what their operators take.
     """
     import onnx
 
@@ -163,14 +164,20 @@ def read(path: Path, domains: Collection[str] = ()) -> OnnxFile:
     if not given:
         raise InputError(f"{path} takes no inputs: there is nothing to measure it with")
     _check_operators(path, model, {*DOMAINS, *domains})
-    return OnnxFile(
-        path,
-        tuple(_slot(path, value, graph) for value in given),
-        _companions(path, model),
-        params_of(model),
-        _last(graph),
-        len(given) < len(graph.input),
-    )
+    try:
+        return OnnxFile(
+            path,
+            tuple(_slot(path, value, graph) for value in given),
+            _companions(path, model),
+            params_of(model),
+            _last(graph),
+            len(given) < len(graph.input),
+        )
+    except (IndexError, ValueError, TypeError, OverflowError) as error:
+        raise InputError(
+            f"{path} has a node without what its operator takes ({one_line(error, 80)}): export "
+            "the model again"
+        ) from None
 
 
 def asked(texts: Sequence[str]) -> dict[str, Asked]:
@@ -389,7 +396,10 @@ def params_of(model: ModelProto) -> int:
         here = {name for at, name in enumerate(node.input) if at not in beside}
         (decoded if node.op_type == "DequantizeLinear" else read).update(here)
         if node.op_type == "MatMulNBits":  # whose bytes hold several each
-            packed[node.input[1]] = attribute(node, "K", 0) * attribute(node, "N", 0)
+            sizes = attribute(node, "K", 0), attribute(node, "N", 0)
+            if not all(type(size) is int and size >= 0 for size in sizes):
+                raise ValueError(f"MatMulNBits of {sizes[0]!r:.40} x {sizes[1]!r:.40}")
+            packed[node.input[1]] = math.prod(sizes)
         if node.op_type == "Constant" and (held := attribute(node, "value", None)) is not None:
             constants[node.output[0]] = held
 

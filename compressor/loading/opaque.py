@@ -14,6 +14,7 @@ import torch
 
 from compressor.errors import InputError, one_line
 from compressor.loading import pickled
+from compressor.loading.graph.program import AS_IT_IS
 from compressor.task import Inputs
 
 OPSET = 20
@@ -22,11 +23,14 @@ SCRIPTED = 18
 
 
 class Opaque(InputError):
-    """A trusted program whose layers cannot be had; :func:`converted` still gives its ONNX."""
+    """A trusted program whose layers cannot be had; :func:`converted` still gives its ONNX.
 
-    def __init__(self, path: Path, text: str) -> None:
-        super().__init__(text)
-        self.path = path
+    ``scripted`` says that it is TorchScript, and not what ``torch.export`` writes.
+    """
+
+    def __init__(self, path: Path, text: str, *, scripted: bool) -> None:
+        super().__init__(text.replace(f", or, if you trust the file, {AS_IT_IS}", ""))
+        self.path, self.scripted = path, scripted
 
 
 def converted(why: Opaque, into: Path, example: Inputs | None) -> Path:
@@ -41,10 +45,11 @@ def converted(why: Opaque, into: Path, example: Inputs | None) -> Path:
     logging.disable(logging.WARNING)  # of packages that the exporter would know operators of
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            if path.suffix == ".pt2":
-                _exported(torch.export.load(path), made)
-            else:
+            if why.scripted:
                 _scripted(pickled.trusted(path).eval(), made, example or ())
+            else:
+                with path.open("rb") as file:  # by its name it must be a .pt2
+                    _exported(torch.export.load(file), made)
     except Exception as error:
         raise InputError(f"{why}; nor does it become ONNX ({one_line(error, 160)})") from None
     finally:

@@ -13,7 +13,7 @@ import io
 import pickletools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -130,7 +130,8 @@ CONSTANTS: dict[Global, Any] = {
 }
 
 
-def _is_known(name: Global) -> bool:
+def is_known(name: Global) -> bool:
+    """Whether it is of PyTorch's layers and tensors, or of what they are kept in."""
     return (
         name in REBUILT
         or name in CONSTANTS
@@ -328,7 +329,7 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
 
 
 def _check_names(path: Path, names: dict[Global, None]) -> None:
-    strangers = sorted(".".join(name) for name in names if not _is_known(name))
+    strangers = sorted(".".join(name) for name in names if not is_known(name))
     if strangers:
         named = ", ".join(f"{' '.join(name.split()):.80}" for name in strangers[:8])
         more = f" and {len(strangers) - 8} more" if len(strangers) > 8 else ""
@@ -409,50 +410,6 @@ class _Numbers:
                     raise ValueError(f"storage {key!r:.40} is cut short")
                 numbers.copy_(flat(data, DTYPES[kind]))
         return found
-
-
-def classes(path: Path) -> list[str]:
-    """All names that the pickles in ``path`` ask for, sorted; executes nothing.
-
-    Of a file that is damaged those that stand before the damage; none for one without pickles.
-    """
-    return sorted(".".join(name) for name in _asked(path))
-
-
-def foreign(path: Path) -> list[str]:
-    """Those of :func:`classes` that neither PyTorch's layers nor its tensors have: code."""
-    return sorted(".".join(name) for name in _asked(path) if not _is_known(name))
-
-
-def _asked(path: Path) -> dict[Global, None]:
-    machine = Machine(_seen)
-    for stream in _pickles(path):
-        try:
-            while True:
-                machine.run(stream)
-        except Exception:
-            continue  # the end of the file, or what no model has
-    return machine.names
-
-
-def _seen(said: Any) -> Any:
-    return said[1] if isinstance(said, tuple) and said[:1] == ("module",) else Foreign(said)
-
-
-def _pickles(path: Path) -> Iterator[BinaryIO]:
-    if zipped(path):
-        yield from _packed(Archive(path))
-    else:
-        with path.open("rb") as file:
-            yield file
-
-
-def _packed(archive: Archive) -> Iterator[BinaryIO]:
-    for name in archive.entries:
-        if name.endswith(".pkl"):
-            yield io.BytesIO(archive.read(name, LONGEST))
-        elif name.endswith(".pt") and archive.data is None:  # sample inputs of an exported program
-            yield from _packed(Archive(archive.path, archive.read(name, LONGEST)))
 
 
 def trusted(path: Path) -> nn.Module:

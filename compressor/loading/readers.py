@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -13,19 +11,16 @@ from typing import Any, get_args
 from torch import Tensor
 
 from compressor import guard
-from compressor.errors import InputError
 from compressor.loading import checkpoint, pt2, torchfile
 from compressor.loading.checkpoint import Described
-from compressor.loading.graph.archive import Archive
-from compressor.loading.graph.program import program
 from compressor.task import Input, Kind
 
 Said = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 
 READERS = {
     "checkpoint": "compressor.loading.readers:_checkpoint",
+    "listed": "compressor.loading.listed:read",
     "pickled": "compressor.loading.pickled:read",
-    "program": "compressor.loading.readers:_program",
     "pt2": "compressor.loading.readers:_pt2",
     "safetensors": "compressor.loading.readers:_safetensors",
 }
@@ -110,31 +105,3 @@ def _safetensors(path: Path) -> Said:
 def _pt2(path: Path) -> Said:
     description, state, inputs = pt2.read(path)
     return {"model": description, "inputs": [asdict(given) for given in inputs]}, state
-
-
-def _program(path: Path) -> Said:
-    """What an exported program takes and which steps it has, also where it cannot be rebuilt."""
-    archive = Archive(path)
-    model = next(name for name in archive.entries if name.startswith("models/"))
-    steps = Counter(
-        str(node["target"]).removeprefix("torch.ops.")
-        for node in archive.json(model)["graph_module"]["graph"]["nodes"]
-    )
-    said: dict[str, Any] = {"operators": dict(steps.most_common())}
-    with suppress(InputError):  # of steps with graphs in them
-        found = program(archive)
-        said["inputs"] = [
-            {
-                "name": one.name,
-                "shape": [
-                    size if name is None else "batch" if at == 0 else "?"
-                    for at, (name, size) in enumerate(zip(one.varies, one.sizes, strict=True))
-                ],
-                "dtype": str(one.dtype).removeprefix("torch."),
-            }
-            for one in found.given
-        ]
-        weights = found.weights.values()
-        said["params"] = sum(one.tensor.numel() for one in weights if one.parameter)
-        said["state_bytes"] = sum(one.tensor.nbytes for one in weights)
-    return said, {}

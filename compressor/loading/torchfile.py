@@ -79,8 +79,12 @@ def header(path: Path) -> dict[str, Any] | None:
         if found["format"] != 1:
             raise InputError(f"{path} has format {found['format']!r}; this version reads format 1")
         return {**found, "source": source_of(found), "edits": [dict(at) for at in found["edits"]]}
-    except InputError:
+    except (InputError, MemoryError):
         raise
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or one_line(error)}: make it readable"
+        ) from None
     except Exception as error:
         raise InputError(f"{path} is not a safetensors model: {one_line(error)}") from None
 

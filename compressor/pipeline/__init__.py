@@ -24,7 +24,7 @@ from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import own, verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
-from compressor.pipeline.entries import behaviour, original, program
+from compressor.pipeline.entries import behaviour, original, program, read_data
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.making import Maker, follow
 from compressor.pipeline.measuring import leave, measure, race, rival
@@ -130,16 +130,15 @@ def run(
     )
     masters = teacher if isinstance(teacher, tuple | list) else (teacher,)
     given = onnx_path(model)
-    if given is None and (inputs or domains):
-        flag = f"--input {inputs[0]!r}" if inputs else f"--domain {domains[0]!r}"
-        raise InputError(f"{flag}: only ONNX files are asked for that; this is a PyTorch model")
+    if given is None and not trust_pickle:
+        unasked(inputs, domains)
     torch_only = {"arch": arch, "teacher": masters, "student": student, "weights": weights}
     if given is not None:
         measurable(f"{given.name} is ONNX: {onnxtask.NEEDED}", steps, **torch_only)
     with joined(processes) as around, ExitStack() as stack:
         file: Artifact | None = None
         judged: dict[str, Any] = {
-            "data": data,
+            "data": read_data(data) if trust_pickle else data,
             "metric": metric,
             "kind": kind,
             "seed": seed,
@@ -157,9 +156,10 @@ def run(
                     trusted=trust_pickle,
                     **judged,
                 )
+                unasked(inputs, domains)
             except Opaque as error:
                 measurable(str(error), steps, **torch_only)
-                given = stack.enter_context(program(error, data))
+                given = stack.enter_context(program(error, judged["data"]))
         if given is not None:
             task, file = stack.enter_context(
                 original(given, inputs=inputs, domains=domains, **judged)
@@ -308,6 +308,13 @@ def onnx_path(model: object) -> Path | None:
     """The path of a model that is an ONNX file."""
     named = isinstance(model, str | Path) and Path(model).suffix == onnxfile.SUFFIX
     return Path(model) if named else None  # type: ignore[arg-type]
+
+
+def unasked(inputs: Sequence[str], domains: Sequence[str]) -> None:
+    """Raises :class:`InputError` where a PyTorch model is asked what only a graph is."""
+    if inputs or domains:
+        flag = f"--input {inputs[0]!r}" if inputs else f"--domain {domains[0]!r}"
+        raise InputError(f"{flag}: only ONNX files are asked for that; this is a PyTorch model")
 
 
 def measurable(why: str, steps: Recipe, **torch: Any) -> None:

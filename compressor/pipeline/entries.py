@@ -27,6 +27,7 @@ from compressor.loading.onnxfile import Asked, OnnxFile
 from compressor.loading.opaque import Opaque, converted
 from compressor.loading.task import SPLIT_SEED, tensors
 from compressor.loading.torchfile import state_digest
+from compressor.measure.counting import vetted
 from compressor.measure.environment import cores
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.threads import one_thread
@@ -104,7 +105,7 @@ def read(
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise InputError(f"{path} {what}: give ONNX files or models")
-    given = _data(data)
+    given = read_data(data)
     entries: list[Entry] = []
     for name, path in zip(named(paths), paths, strict=True):
         if path.suffix == onnxfile.SUFFIX:
@@ -121,9 +122,10 @@ def read(
     return [entry if entry.why else _alike(entry, fed) for entry in entries], given
 
 
-def _data(data: Any) -> Data | None:
-    if data is None:
-        return None
+def read_data(data: Any) -> Data | None:
+    """The data of a spec or of a live object; what was read before is that."""
+    if data is None or isinstance(data, Data):
+        return data
     read_ = sources.read if isinstance(data, str) else sources.adopt
     return read_(data, SPLIT_SEED)
 
@@ -149,7 +151,9 @@ def _onnx(
     try:
         found = onnxfile.read(path, domains)
         like = inputs_like(given.splits.train.head(64)[0]) if given else ()
-        return Entry(name, path, found, onnxfile.inputs(found, asked, like=like, batch=batch))
+        fed = onnxfile.inputs(found, asked, like=like, batch=batch)
+        vetted(path, fed)
+        return Entry(name, path, found, fed)
     except InputError as error:
         return Entry(name, path, found, why=_why(path, error))
 
@@ -368,11 +372,12 @@ def original(
     batch. Raises :class:`InputError` where the file does not run, or the data does not fit it.
     """
     file = onnxfile.read(path, domains)
-    asked, given = onnxfile.asked(inputs), _data(data)
+    asked, given = onnxfile.asked(inputs), read_data(data)
     _known(asked, [slot.name for slot in file.slots])
     given = onnxtask.suited(given, file) if given else None
     like = inputs_like(given.splits.train.head(64)[0]) if given else ()
     fed = onnxfile.inputs(file, asked, like=like, batch=(file.batch or 1,))
+    vetted(path, fed)
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         try:
             # In a worker first: what follows opens the file in this process.
@@ -391,9 +396,12 @@ def original(
 
 
 @contextmanager
-def program(why: Opaque, data: Any) -> Iterator[Path]:
+def program(why: Opaque, data: Data | None) -> Iterator[Path]:
     """The ONNX file, while the block lasts, of a trusted program that no layers come from."""
-    given = _data(data)
-    example = given.splits.train.head(2)[0] if given else None
+    example = data.splits.train.head(2)[0] if data else None
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        yield converted(why, Path(folder), example)
+        made = converted(why, Path(folder), example)
+        try:
+            yield made
+        except InputError as error:
+            raise InputError(str(error).replace(str(made), str(why.path))) from None

@@ -69,7 +69,7 @@ def _held(document: Document) -> Iterator[str]:
 def _facts(document: Document) -> Iterator[list[str]]:
     if document["file"] is not None:
         yield ["file", plain(document["file"])]
-    yield ["format", document["format"]]
+    yield ["format", plain(document["format"])]
     yield ["sha256", document["sha256"]]
     if document.get("factory") is not None:
         yield ["factory", plain(document["factory"])]
@@ -79,7 +79,8 @@ def _facts(document: Document) -> Iterator[list[str]]:
         if document[key] is not None:
             yield [title, f"{count(document[key])} ({document[key]:,})"]
     if document["state_bytes"] is not None:
-        yield ["state", f"{size(document['state_bytes'])} ({document['state_bytes']:,} bytes)"]
+        title = "numbers in it" if "needs" in document else "state"
+        yield [title, f"{size(document['state_bytes'])} ({document['state_bytes']:,} bytes)"]
     for given in document["inputs"]:
         yield ["input", f"{plain(given['name'])}: {given['dtype']} {_times(given['shape'])}"]
     for made in document["outputs"]:
@@ -109,7 +110,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _times(shape: Sequence[str | int]) -> str:
-    return " x ".join(map(str, shape))
+    return " x ".join(plain(str(size)) for size in shape)
 
 
 def _sensitivity(found: Document) -> str:

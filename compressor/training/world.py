@@ -24,6 +24,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from compressor.errors import InputError, StageError, one_line
+from compressor.interrupt import stop
 
 MEETING = timedelta(minutes=1)
 """How long processes look for each other when they start."""
@@ -227,7 +228,7 @@ def joined(asked: int | None = None) -> Iterator[World]:
 def _ended(number: int, frame: Any) -> None:
     # The launcher ends all processes when one has died. No ``except Exception`` on the way may
     # take this for an error of its own.
-    raise KeyboardInterrupt("torchrun ended it")
+    stop("torchrun ended it")
 
 
 def reduced(gradients: Sequence[Tensor | None], world: World) -> None:

@@ -45,6 +45,21 @@ def _to(given: Tensor, dtype: torch.dtype | None = None, *_: Any, **__: Any) -> 
     return given if dtype is None else given.to(dtype)
 
 
+def _index_put(
+    given: Tensor, places: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Tensor:
+    # PyTorch's own function takes no axis that is left out.
+    found: Tensor = torch.ops.aten.index_put(given, list(places), values, accumulate)
+    return found
+
+
+def _grid_sampler(given: Tensor, grid: Tensor, mode: int, padding: int, aligned: bool) -> Tensor:
+    # Of a mode that is none, PyTorch gives memory as it was found.
+    if mode not in (0, 1, 2) or padding not in (0, 1, 2):
+        raise ValueError(f"a grid sampler of mode {mode!r:.20} and padding {padding!r:.20}")
+    return torch.grid_sampler(given, grid, mode, padding, aligned)
+
+
 def _integer(function: Callable[..., Any]) -> Callable[..., Any]:
     """Of sizes only: Python repeats a list, and knows no largest integer."""
 
@@ -70,6 +85,9 @@ SPELLED: dict[str, Callable[..., Any]] = {
     "size": Tensor.size,
     "slice": _slice,
     "index": _index,
+    "index_put": _index_put,
+    "grid_sampler": _grid_sampler,
+    "grid_sampler_2d": _grid_sampler,
     "to": _to,
     "unflatten": torch.unflatten,
     "one_hot": torch.nn.functional.one_hot,
@@ -93,19 +111,18 @@ NAMES = (
     *("dropout", "einsum", "elu", "elu_", "embedding", "embedding_bag", "eq", "erf", "erfc"),
     *("erfinv", "exp", "exp2", "expand", "expand_as", "expm1", "eye", "feature_dropout", "flatten"),
     *("flip", "floor", "floor_divide", "fill", "fmod", "frac", "full", "full_like", "gather", "ge"),
-    *("gelu", "glu", "grid_sampler", "grid_sampler_2d", "group_norm", "gru", "gru_cell", "gt"),
-    *("hardshrink", "hardsigmoid", "hardsigmoid_", "hardswish", "hardswish_", "hardtanh"),
-    *("hardtanh_", "heaviside", "hypot", "im2col", "col2im", "index_add", "index_fill"),
-    *("index_put", "index_select", "instance_norm", "isfinite", "isinf", "isnan", "kron"),
-    *("layer_norm", "le", "leaky_relu", "leaky_relu_", "lerp", "linear", "linalg_vector_norm"),
-    *("log", "log10", "log1p", "log2", "log_sigmoid", "log_softmax", "logaddexp", "logical_and"),
-    *("logical_not", "logical_or", "logical_xor", "logit", "logsumexp", "lstm", "lstm_cell", "lt"),
-    *("masked_fill", "masked_fill_", "matmul", "max", "max_pool1d", "max_pool2d", "max_pool3d"),
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "maximum", "mean", "median"),
-    *("meshgrid", "min", "minimum", "mish", "mish_", "mm", "movedim", "mul", "mul_", "mv"),
-    *("nan_to_num", "narrow", "native_group_norm", "native_layer_norm", "ne", "neg", "norm"),
-    *("ones", "ones_like", "outer", "pad", "permute", "pixel_shuffle", "pixel_unshuffle", "pow"),
-    *("prelu", "prod", "rad2deg", "reciprocal", "reflection_pad1d", "reflection_pad2d"),
+    *("gelu", "glu", "group_norm", "gru", "gru_cell", "gt", "hardshrink", "hardsigmoid"),
+    *("hardsigmoid_", "hardswish", "hardswish_", "hardtanh", "hardtanh_", "heaviside", "hypot"),
+    *("im2col", "col2im", "index_add", "index_fill", "index_select", "instance_norm", "isfinite"),
+    *("isinf", "isnan", "kron", "layer_norm", "le", "leaky_relu", "leaky_relu_", "lerp", "linear"),
+    *("linalg_vector_norm", "log", "log10", "log1p", "log2", "log_sigmoid", "log_softmax"),
+    *("logaddexp", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "logsumexp"),
+    *("lstm", "lstm_cell", "lt", "masked_fill", "masked_fill_", "matmul", "max", "max_pool1d"),
+    *("max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "maximum"),
+    *("mean", "median", "meshgrid", "min", "minimum", "mish", "mish_", "mm", "movedim", "mul"),
+    *("mul_", "mv", "nan_to_num", "narrow", "native_group_norm", "native_layer_norm", "ne", "neg"),
+    *("norm", "ones", "ones_like", "outer", "pad", "permute", "pixel_shuffle", "pixel_unshuffle"),
+    *("pow", "prelu", "prod", "rad2deg", "reciprocal", "reflection_pad1d", "reflection_pad2d"),
     *("reflection_pad3d", "relu", "relu6", "relu_", "remainder", "repeat", "repeat_interleave"),
     *("replication_pad1d", "replication_pad2d", "replication_pad3d", "reshape", "rms_norm"),
     *("rnn_relu", "rnn_tanh", "roll", "rot90", "round", "rsqrt", "rsub", "scalar_tensor"),

@@ -35,6 +35,7 @@ RENAMED = {
     "_unsafe_view": "reshape",
     "alias": "detach",
     "detach_": "detach",
+    "grid_sampler_3d": "grid_sampler",
     "lift_fresh_copy": "clone",
     "sym_size": "size",
     "view": "reshape",
