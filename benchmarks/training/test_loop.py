@@ -25,7 +25,7 @@ from compressor.training.loop import fit
 from compressor.training.recovery import from_labels
 from compressor.training.settings import Training
 
-BATCH, EPOCHS, TURNS = 64, 2, 7
+BATCH, EPOCHS, TURNS = 64, 8, 5
 RATE = 3e-3
 
 

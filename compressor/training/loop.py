@@ -189,7 +189,7 @@ def fit(
                 stopped = f"no better {name} in {training.patience} epochs"
                 break
             # Each epoch from a seed of its own: one that is resumed draws what it would have drawn.
-            torch.manual_seed(_seed(seed, epoch, world.rank))
+            _reseed(_seed(seed, epoch, world.rank), device)
             placed.inner.train()
             steps = _steps(order.permutation(len(train)), training.batch_size, least)
             # A step too small to share is everybody's.
@@ -324,6 +324,13 @@ def _looked(losses: list[Tensor], world: World) -> list[float]:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _reseed(seed: int, device: torch.device) -> None:
+    # ``torch.manual_seed`` notes who called it, for every kind of device: in 0.25 ms.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _rate(history: list[Epoch]) -> float | None:
