@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor import guard
-from compressor.artifact import digest
+from compressor.artifact import digest, zipped
 from compressor.errors import InputError
 from compressor.loading import checkpoint, listed, onnxfile, onnxtask, torchfile
 from compressor.loading.graph.archive import Archive
@@ -27,7 +27,7 @@ Document = dict[str, Any]
 
 TRUSTED = "(--trust-pickle)"
 
-BUILT = (checkpoint.ZOO, "compressor.")
+BUILT = "compressor."
 """What the factories begin with that a file may name."""
 
 
@@ -75,7 +75,7 @@ def look(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         return {**_program(path), "executes": executes}, {}
     code = checkpoint.entries(path, "/code/")
     if code or foreign:
-        held = Archive(path).entries if checkpoint.entries(path, "") else {}
+        held = Archive(path).entries if zipped(path) else {}
         # Of numbers beside a pickle; a file of the older form has all in one.
         numbers = [
             one.file_size for name, one in held.items() if name.startswith(("data/", "constants/"))

@@ -18,9 +18,7 @@ Nothing in a file is executed, unless the user trusts it on that very command li
 from __future__ import annotations
 
 import inspect
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -37,6 +35,7 @@ from compressor.loading.checkpoint import ZOO, Described
 from compressor.loading.opaque import Opaque
 from compressor.loading.sketch import sketch
 from compressor.loading.torchfile import Source, State
+from compressor.quiet import quiet
 from compressor.task import Inputs
 
 Factory = Callable[[], nn.Module]
@@ -141,12 +140,10 @@ def _scripted(path: Path, program: torch.jit.ScriptModule, example: Inputs | Non
         )
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
         graph = Path(folder) / f"{path.stem}.pt2"
-        heard = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # of sizes that it takes for constants: reading finds out
         try:
             from torch._export.converter import TS2EPConverter
 
-            with warnings.catch_warnings(action="ignore"):
+            with quiet():
                 batch = tuple(map(torch.from_numpy, example))
                 torch.export.save(TS2EPConverter(program, batch).convert(), graph)
         except Exception as error:
@@ -156,8 +153,6 @@ def _scripted(path: Path, program: torch.jit.ScriptModule, example: Inputs | Non
                 "torch.export or as ONNX where it was made",
                 scripted=True,
             ) from None
-        finally:
-            logging.disable(heard)
         try:
             description, state, inputs = readers.read_pt2(graph)
         except InputError as error:

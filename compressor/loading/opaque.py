@@ -5,8 +5,6 @@ Only of files that the user trusts, since PyTorch's loaders execute what a file 
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from compressor.errors import InputError, one_line
 from compressor.loading import pickled
 from compressor.loading.graph.program import AS_IT_IS
+from compressor.quiet import quiet
 from compressor.task import Inputs
 
 OPSET = 20
@@ -41,10 +40,8 @@ def converted(why: Opaque, into: Path, example: Inputs | None) -> Path:
     """
     path = why.path
     made = into / f"{path.stem}.onnx"
-    heard = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of packages that the exporter would know operators of
     try:
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        with quiet(), torch.no_grad():
             if why.scripted:
                 _scripted(pickled.trusted(path).eval(), made, example or ())
             else:
@@ -52,8 +49,6 @@ def converted(why: Opaque, into: Path, example: Inputs | None) -> Path:
                     _exported(torch.export.load(file), made)
     except Exception as error:
         raise InputError(f"{why}; nor does it become ONNX ({one_line(error, 160)})") from None
-    finally:
-        logging.disable(heard)
     return made
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -26,6 +24,7 @@ from compressor.loading import onnxtask, torchfile
 from compressor.loading.onnxfile import OnnxFile
 from compressor.loading.task import tensors
 from compressor.measure.runtime import Session, open_session
+from compressor.quiet import quiet
 from compressor.stages import graph
 from compressor.task import Array, Input, Inputs, Task
 
@@ -173,12 +172,8 @@ def exported(model: nn.Module, task: Task, opset: int) -> ir.Model:
     given = inspect.signature(model.forward).bind(*examples).arguments.values()
     shapes = tuple((batch,) * len(at) if isinstance(at, tuple) else batch for at in given)
     _read_once()
-    noise = logging.getLogger("torch.onnx")
-    level = noise.level
-    noise.setLevel(logging.ERROR)
     try:
-        # The exporter's own deprecations are not the user's; gradients slow it down.
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        with quiet(), torch.no_grad():  # gradients slow it down
             program = torch.onnx.export(
                 model,
                 examples,
@@ -191,8 +186,6 @@ def exported(model: nn.Module, task: Task, opset: int) -> ir.Model:
             )
     except Exception as error:
         raise StageError(f"PyTorch cannot export the model: {_why(error)}") from error
-    finally:
-        noise.setLevel(level)
     assert program is not None
     _fold(program.model)
     return program.model
