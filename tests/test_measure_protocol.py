@@ -12,8 +12,9 @@ import pytest
 
 from compressor.artifact import Artifact
 from compressor.measure import protocol, turns
+from compressor.measure.outputs import PART
 from compressor.measure.process import Worker, WorkerFailed
-from compressor.measure.protocol import PART, Observed, observe
+from compressor.measure.protocol import Observed, observe
 from compressor.measure.quantities import QUANTITIES
 from compressor.measure.turns import CONTROL, ROUNDS
 from compressor.measurement import Measurement, Target

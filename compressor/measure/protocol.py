@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 
 from compressor.artifact import Artifact
 from compressor.errors import InputError, one_line
+from compressor.measure.outputs import predict as predicted
+from compressor.measure.outputs import stored
 from compressor.measure.placement import placement
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.statistics import Blocks, summary
@@ -41,10 +44,6 @@ SECONDS = {"quick": 0.8, "normal": 4.0, "full": 20.0}
 
 PROCESSES = {"quick": 1, "normal": 3, "full": 9}
 """How often the workers are started anew meanwhile."""
-
-PART = 64
-"""Examples that a worker is asked to predict at once: small, so that a slow model is not taken for
-one that hangs."""
 
 DUEL = "best (duel)"
 """The best artifact where it runs in two runtimes by turns."""
@@ -118,6 +117,7 @@ def observe(
     """
     observed = Observed()
     entrants = [(artifact.name, artifact, target) for artifact in artifacts]
+    named = {artifact.name: artifact for artifact in artifacts}
     control = (CONTROL, artifacts[0], target)
     with tempfile.TemporaryDirectory(prefix="compressor-") as name:
         folder = Path(name)
@@ -131,11 +131,17 @@ def observe(
                 except WorkerFailed as error:
                     observed.failed[run.artifact] = str(error)
             for split, inputs in (predict or {}).items():
-                paths = _stored(folder, split, inputs)
+                paths = stored(folder, split, inputs)
                 for run in shown:
                     if run.artifact not in observed.failed:
                         progress(f"outputs of {run.artifact} on {split}")
-                        _predict(run, split, paths, len(inputs[0]), folder, observed)
+                        another = partial(turns.another, named[run.artifact], target)
+                        try:
+                            found = predicted(run, paths, len(inputs[0]), folder, another)
+                        except (WorkerFailed, ValueError) as error:
+                            observed.failed[run.artifact] = one_line(error)
+                        else:
+                            observed.outputs.setdefault(run.artifact, {})[split] = found
             for run in shown:
                 if run.artifact not in observed.failed:
                     observed.sessions[run.artifact] = dict(run.loaded["session"])
@@ -145,7 +151,7 @@ def observe(
                             run, run.path, folder / "profile"
                         )
 
-        turns = Turns(_stored(folder, "feed", feed), arch, start, clock, progress)
+        turns = Turns(stored(folder, "feed", feed), arch, start, clock, progress)
         turns.take([*entrants, control], seconds, processes, seed, finish)
     return _seen(turns, observed)
 
@@ -167,7 +173,7 @@ def duel(
     of day. One that fails is a row with the reason.
     """
     with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        turns = Turns(_stored(Path(folder), "feed", feed), arch, start, clock, progress)
+        turns = Turns(stored(Path(folder), "feed", feed), arch, start, clock, progress)
         turns.take(entrants, seconds, processes, seed)
     return _seen(turns, Observed())
 
@@ -215,30 +221,3 @@ def _burden(run: Timed, seconds: float, seed: int, observed: Observed) -> None:
             }
         )
     observed.loads[run.artifact] = points
-
-
-def _predict(
-    run: Timed, split: str, inputs: list[str], count: int, folder: Path, observed: Observed
-) -> None:
-    """The first output on all ``count`` examples, in whole batches but for the last."""
-    size = run.target.batch * -(-PART // run.target.batch)
-    out = folder / "outputs.npy"
-    parts = []
-    try:
-        for start in range(0, count, size):
-            run.worker.ask("predict", inputs=inputs, start=start, stop=start + size, out=str(out))
-            parts.append(np.load(out))
-        outputs = np.concatenate(parts)
-    except (WorkerFailed, ValueError) as error:  # sizes that differ cannot be put together
-        observed.failed[run.artifact] = one_line(error)
-    else:
-        observed.outputs.setdefault(run.artifact, {})[split] = outputs
-
-
-def _stored(folder: Path, name: str, inputs: Inputs) -> list[str]:
-    paths = []
-    for position, array in enumerate(inputs):
-        path = folder / f"{name}-{position}.npy"
-        np.save(path, array)
-        paths.append(str(path))
-    return paths

@@ -10,7 +10,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,14 @@ class Turns:
         else:
             runs.append(run)
             self.gathered.setdefault(key, []).append(run)
+
+    @contextmanager
+    def another(self, artifact: Artifact, target: Target) -> Iterator[Worker]:
+        """One more worker with the artifact, which is not timed."""
+        with self.start() as worker:
+            worker.ask("load", **request(artifact, target, self.feeds, self.arch))
+            worker.ask("take", inputs=self.feeds, batch=target.batch)
+            yield worker
 
     def _opened(self, entrant: Entrant, stack: ExitStack) -> Timed:
         name, artifact, target = entrant

@@ -26,8 +26,8 @@ from compressor.measure.corruptions import (
     pictured,
     unsuited,
 )
+from compressor.measure.outputs import PART
 from compressor.measure.process import Worker, WorkerFailed
-from compressor.measure.protocol import PART
 from compressor.measure.statistics import drop
 from compressor.measure.threads import threads_for
 from compressor.measure.turns import Progress, request, silent

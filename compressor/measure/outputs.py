@@ -1,0 +1,84 @@
+"""Outputs on whole splits, where they were timed; long ones are shared out to more workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from compressor.measure.environment import cores
+from compressor.measure.process import Worker, WorkerFailed
+from compressor.measure.timed import Timed
+from compressor.task import Array, Inputs
+
+PART = 64
+"""Examples that a worker is asked to predict at once: small, so that a slow model is not taken for
+one that hangs."""
+
+Another = Callable[[], AbstractContextManager[Worker]]
+
+LONG = 5.0
+"""Seconds of work for each worker that is started beside the first: loading takes it one."""
+
+
+def predict(run: Timed, inputs: list[str], count: int, folder: Path, another: Another) -> Array:
+    """The first output of ``run`` on all ``count`` examples of the ``.npy`` files ``inputs``, in
+    whole batches but for the last.
+
+    Where one worker would need long, the cores that it leaves idle get workers of their own:
+    ``another`` starts one, which is told what ``run``'s was told. The outputs are the same.
+
+    Raises :class:`WorkerFailed` where a worker fails, :class:`ValueError` for sizes that differ.
+    """
+    size = run.target.batch * -(-PART // run.target.batch)
+    starts = range(0, count, size)
+    with _crew(run, len(starts), math.ceil(count / run.target.batch), another) as crew:
+        free: SimpleQueue[Worker] = SimpleQueue()
+        for worker in crew:
+            free.put(worker)
+
+        def part(start: int) -> Array:
+            worker, out = free.get(), folder / f"outputs-{start}.npy"
+            try:
+                worker.ask("predict", inputs=inputs, start=start, stop=start + size, out=str(out))
+                found: Array = np.load(out)
+            finally:
+                out.unlink(missing_ok=True)
+                free.put(worker)
+            return found
+
+        if len(crew) == 1:
+            return np.concatenate([part(start) for start in starts])
+        pool = ThreadPoolExecutor(len(crew), thread_name_prefix="outputs")
+        try:
+            return np.concatenate(list(pool.map(part, starts)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _crew(run: Timed, parts: int, calls: int, another: Another) -> Iterator[list[Worker]]:
+    """The worker of ``run``, and others beside it while the block lasts."""
+    with ExitStack() as stack:
+        crew = [run.worker]
+        seconds = calls * float(np.median(run.medians)) / 1e9 if run.medians else 0.0
+        idle = cores() // run.target.threads - 1 if run.target.provider == "cpu" else 0
+        with suppress(WorkerFailed):  # there may be no memory for another
+            for _ in range(min(idle, parts - 1, int(seconds / LONG))):
+                crew.append(stack.enter_context(another()))
+        yield crew
+
+
+def stored(folder: Path, name: str, inputs: Inputs) -> list[str]:
+    """The inputs as ``.npy`` files, which workers map."""
+    paths = []
+    for position, array in enumerate(inputs):
+        path = folder / f"{name}-{position}.npy"
+        np.save(path, array)
+        paths.append(str(path))
+    return paths
