@@ -16,6 +16,8 @@ Those without an exit code become a row with the reason, and the run goes on.
 
 from __future__ import annotations
 
+import signal
+
 
 class CompressorError(Exception):
     """Base of every error raised on purpose; its message is one line for a person."""
@@ -49,3 +51,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The first sentence of an error that somebody else raised, fit for one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def signal_name(number: int) -> str:
+    """What a process was ended by, for a message."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name

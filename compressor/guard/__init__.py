@@ -17,12 +17,11 @@ alone.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import InputError, one_line
+from compressor.errors import InputError, one_line, signal_name
 from compressor.guard import server
 from compressor.guard.server import OUT_OF_MEMORY, UNCONFINED, close, start
 
@@ -93,7 +92,7 @@ def guarded(
 
 def _stopped(ended: Mapping[str, Any], seconds: float, memory: int, size: int) -> str | None:
     """Why a child that ended so has no result; ``None`` where it should have one."""
-    code, ending = ended["code"], _signal(-ended["code"])
+    code, ending = ended["code"], signal_name(-ended["code"])
     if ended["late"] or ending == "SIGXCPU":
         return (
             f"took longer than {seconds:g} s to read: it is damaged, or made to take for ever; "
@@ -135,11 +134,3 @@ def _printable(text: str) -> str:
     """One line without control characters, nor those that turn the direction of writing."""
     line = " ".join("".join(each if each.isprintable() else " " for each in text).split())
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
-
-
-def _signal(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
-    return f"{name} (out of memory?)" if name == "SIGKILL" else name

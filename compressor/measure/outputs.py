@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -35,30 +35,42 @@ def predict(run: Timed, inputs: list[str], count: int, folder: Path, another: An
 
     Raises :class:`WorkerFailed` where a worker fails, :class:`ValueError` for sizes that differ.
     """
-    size = run.target.batch * -(-PART // run.target.batch)
-    starts = range(0, count, size)
-    with _crew(run, len(starts), math.ceil(count / run.target.batch), another) as crew:
-        free: SimpleQueue[Worker] = SimpleQueue()
-        for worker in crew:
-            free.put(worker)
+    batch = run.target.batch
+    with _crew(run, len(_starts(count, batch)), math.ceil(count / batch), another) as crew:
+        return taken(crew, inputs, count, batch, folder)
 
-        def part(start: int) -> Array:
-            worker, out = free.get(), folder / f"outputs-{start}.npy"
-            try:
-                worker.ask("predict", inputs=inputs, start=start, stop=start + size, out=str(out))
-                found: Array = np.load(out)
-            finally:
-                out.unlink(missing_ok=True)
-                free.put(worker)
-            return found
 
-        if len(crew) == 1:
-            return np.concatenate([part(start) for start in starts])
-        pool = ThreadPoolExecutor(len(crew), thread_name_prefix="outputs")
+def taken(crew: Sequence[Worker], inputs: list[str], count: int, batch: int, folder: Path) -> Array:
+    """The same by workers that are all told the same; errors as :func:`predict`."""
+    starts = _starts(count, batch)
+    free: SimpleQueue[Worker] = SimpleQueue()
+    for worker in crew:
+        free.put(worker)
+
+    def part(start: int) -> Array:
+        worker, out = free.get(), folder / f"outputs-{start}.npy"
         try:
-            return np.concatenate(list(pool.map(part, starts)))
+            worker.ask(
+                "predict", inputs=inputs, start=start, stop=start + starts.step, out=str(out)
+            )
+            found: Array = np.load(out)
         finally:
-            pool.shutdown(cancel_futures=True)
+            out.unlink(missing_ok=True)
+            free.put(worker)
+        return found
+
+    if len(crew) == 1:
+        return np.concatenate([part(start) for start in starts])
+    pool = ThreadPoolExecutor(len(crew), thread_name_prefix="outputs")
+    try:
+        return np.concatenate(list(pool.map(part, starts)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _starts(count: int, batch: int) -> range:
+    """Where the parts begin, each of whole batches."""
+    return range(0, count, batch * -(-PART // batch))
 
 
 @contextmanager

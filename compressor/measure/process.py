@@ -13,7 +13,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, signal_name
 
 
 class WorkerFailed(CompressorError):
@@ -90,7 +90,9 @@ class Worker:
         said = self._errors.read().decode(errors="replace").split("\n")
         last = next((" ".join(line.split())[:200] for line in reversed(said) if line.strip()), "")
         self.close()
-        cause = f"ended with exit code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
+        cause = (
+            f"ended with exit code {code}" if code >= 0 else f"was killed by {signal_name(-code)}"
+        )
         return WorkerFailed(f"the worker {cause}" + (f": {last}" if last else ""))
 
     def close(self) -> None:
@@ -119,11 +121,3 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _signal(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
-    return f"{name} (out of memory?)" if name == "SIGKILL" else name

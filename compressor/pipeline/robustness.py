@@ -26,7 +26,7 @@ from compressor.measure.corruptions import (
     pictured,
     unsuited,
 )
-from compressor.measure.outputs import PART
+from compressor.measure.outputs import PART, stored, taken
 from compressor.measure.process import Worker, WorkerFailed
 from compressor.measure.statistics import drop
 from compressor.measure.threads import threads_for
@@ -161,12 +161,12 @@ def _scores(
                 found[Condition(condition.what)] = why
                 continue
             try:
-                paths = _stored(folder, changed(condition))
+                paths = stored(folder, "input", changed(condition))
                 if worker is None:
                     worker = stack.enter_context(start())
                     worker.ask("load", **request(artifact.checked(), task.target, paths))
                     worker.ask("take", inputs=paths, batch=task.target.batch)
-                outputs = _outputs(worker, paths, len(given.targets), task.target.batch, folder)
+                outputs = taken([worker], paths, len(given.targets), task.target.batch, folder)
                 found[condition] = _judged(task, outputs, given.targets)
             except Exception as error:  # a model or an attack may fail in any way
                 found[condition] = one_line(error)
@@ -199,22 +199,6 @@ def _unsuited(task: Task, given: Examples, condition: Condition) -> str | None:
     if condition.what in ATTACKS and task.kind not in ATTACKED:
         return f"attacks are made for {', '.join(ATTACKED)}; this is {task.kind}"
     return unsuited(given.inputs, condition.what)
-
-
-def _stored(folder: Path, inputs: Inputs) -> list[str]:
-    paths = [str(folder / f"input-{at}.npy") for at in range(len(inputs))]
-    for path, array in zip(paths, inputs, strict=True):
-        np.save(path, array)
-    return paths
-
-
-def _outputs(worker: Worker, paths: list[str], count: int, batch: int, folder: Path) -> Array:
-    """The first output on all ``count`` examples, in whole batches but for the last."""
-    size, out, parts = batch * -(-PART // batch), str(folder / "outputs.npy"), []
-    for at in range(0, count, size):
-        worker.ask("predict", inputs=paths, start=at, stop=at + size, out=out)
-        parts.append(np.load(out))
-    return np.concatenate(parts)
 
 
 def _attacked(
