@@ -9,12 +9,23 @@ import pytest
 from running import Case, Launcher, shas, sound
 
 from compressor.demo import demo
+from compressor.loading import task, torchfile
+
+DATA = "breast-cancer"
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLP on the digits."""
-    return demo("mlp", epochs=8, out=tmp_path_factory.mktemp("tiny") / "mlp.pt").path
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLP on a table, in a file that is read in the guard's child: that takes a second."""
+    return demo("mlp", data=DATA, epochs=8, out=tmp_path_factory.mktemp("tiny") / "mlp.pt").path
+
+
+@pytest.fixture(scope="session")
+def tiny(pickled: Path) -> Path:
+    """The same in a file that needs no guard."""
+    read, path = task(pickled), pickled.with_suffix(".safetensors")
+    torchfile.write(path, read.model(), read.source)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +40,23 @@ def launcher(tiny: Path) -> Iterator[Launcher]:
 def case(launcher: Launcher, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The recipe as it was resolved: what was decided by times is decided there."""
     folder = tmp_path_factory.mktemp("reference")
-    common = ("run", str(tiny), "--provider", "cpu", "--threads", "1")
+    words = ("run", str(tiny), "--data", DATA, "--provider", "cpu", "--threads", "1")
     asked = ("--prune", "0.5", "--epochs", "6", "--quantize", "int8-dynamic")
-    ran = launcher.run(folder, *common, *asked, "--out", "out")
+    assert undisturbed(launcher, folder / "resolved", *words, *asked)
+    words += ("--recipe", str(folder / "resolved" / "out" / "recipe.toml"))
+    return Case(words, undisturbed(launcher, folder / "replayed", *words))
+
+
+def undisturbed(launcher: Launcher, folder: Path, *words: str) -> dict[str, str]:
+    """The digests that a command ends with."""
+    ran = launcher.run(folder, *words, "--out", "out")
     assert ran.code == 0, ran.errors
     assert sound(folder / "out")
-    return Case((*common, "--recipe", str(folder / "out" / "recipe.toml")), shas(folder / "out"))
+    return shas(folder / "out")
+
+
+@pytest.fixture
+def guarded(launcher: Launcher, case: Case, tiny: Path, pickled: Path, tmp_path: Path) -> Case:
+    """The same for the file that the guard reads."""
+    words = tuple(str(pickled) if word == str(tiny) else word for word in case.words)
+    return Case(words, undisturbed(launcher, tmp_path / "reference", *words))

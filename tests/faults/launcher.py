@@ -9,9 +9,11 @@ COUNT-th change of a name in FOLDER. What it begins is written to ``stages`` in 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,8 +40,8 @@ def warm(model: str) -> None:
         tqdm.monitor_interval = 0
     with tempfile.TemporaryDirectory() as folder:
         pipeline.run(
-            model, prune=0.5, epochs=1, quantize="int8-dynamic", provider="cpu", threads=(1,),
-            out=Path(folder) / "out",
+            model, data="breast-cancer", prune=0.5, epochs=1, quantize="int8-dynamic",
+            provider="cpu", threads=(1,), out=Path(folder) / "out",
         )  # fmt: skip
 
 
@@ -92,6 +94,7 @@ def command(request: dict[str, Any]) -> None:
     for handle, name in enumerate((os.devnull, "stdout", "stderr")):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if handle else os.O_RDONLY
         os.dup2(os.open(name, flags, 0o644), handle)
+    faulthandler.register(signal.SIGQUIT)  # where it stands, asked of a command that hangs
     sys.argv = ["compressor", *request["argv"]]
     cli.progress = told
     for name, value in request.get("limits", {}).items():

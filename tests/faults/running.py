@@ -69,7 +69,7 @@ class Launcher:
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         running = Running(folder, self._read()["pid"])
-        guard = threading.Timer(WAIT, running.send, (signal.SIGKILL,))
+        guard = threading.Timer(WAIT, running.hung)
         guard.start()
         try:
             yield running
@@ -82,8 +82,9 @@ class Launcher:
     ) -> Running:
         """Runs a command; it is killed ``after`` so many seconds if it has not ended by then."""
         with self.started(folder, *arguments, **request) as running:
-            timer = threading.Timer(after or WAIT, running.send, (signal.SIGKILL,))
-            timer.start()
+            timer = threading.Timer(after or 0, running.send, (signal.SIGKILL,))
+            if after is not None:
+                timer.start()
         timer.cancel()
         return running
 
@@ -104,6 +105,12 @@ class Running:
                 os.kill(self.pid, number)
             except ProcessLookupError:
                 return
+
+    def hung(self) -> None:
+        """Ends it by force; its standard error then says where it stood."""
+        self.send(signal.SIGQUIT)
+        time.sleep(1)
+        self.send(signal.SIGKILL)
 
     def until(self, said: str) -> bool:
         """Waits until the command begins what starts so; false where it ended before."""

@@ -23,7 +23,9 @@ def complete(launcher: Launcher, case: Case, folder: Path) -> None:
     assert litter(folder / "out") == []
 
 
-def killed(launcher: Launcher, case: Case, folder: Path, kills: int, seed: int) -> int:
+def killed(
+    launcher: Launcher, case: Case, folder: Path, kills: int, seed: int, longest: float = 3.0
+) -> int:
     """Kills runs at random moments, ``kills`` times; the last of all is left alone.
 
     A run that ends before its moment has its folder checked, and the next one begins anew. Gives
@@ -33,9 +35,8 @@ def killed(launcher: Launcher, case: Case, folder: Path, kills: int, seed: int) 
     while done < kills:
         fresh = ["--fresh"] * (draw.random() < 0.2)
         resumed += (folder / "out").exists()
-        ran = launcher.run(
-            folder, *case.words, *fresh, "--out", "out", after=draw.uniform(0.02, 4.0)
-        )
+        moment = draw.uniform(0.02, longest)
+        ran = launcher.run(folder, *case.words, *fresh, "--out", "out", after=moment)
         assert ran.code in (0, KILLED), ran.errors
         done += ran.code == KILLED
         if sound(folder / "out"):
@@ -51,14 +52,17 @@ def test_a_handful_of_moments(launcher: Launcher, case: Case, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_hundred_moments(launcher: Launcher, case: Case, tmp_path: Path, tiny: Path) -> None:
-    other = Launcher(tiny)
+def test_a_hundred_moments(
+    launcher: Launcher, case: Case, guarded: Case, tmp_path: Path, tiny: Path
+) -> None:
+    """Half of them of a run that reads its model through the guard."""
+    runs = [(launcher, case, 3.0), (Launcher(tiny), guarded, 4.0)]
     try:
         with ThreadPoolExecutor(2) as pool:
             ran = [
-                pool.submit(killed, one, case, tmp_path / str(seed), 50, seed)
-                for seed, one in enumerate((launcher, other), 1)
+                pool.submit(killed, one, what, tmp_path / str(seed), 50, seed, longest)
+                for seed, (one, what, longest) in enumerate(runs, 1)
             ]
             assert sum(one.result() for one in ran) > 50
     finally:
-        other.close()
+        runs[1][0].close()
