@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import sys
@@ -21,6 +22,11 @@ settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
 )
 settings.load_profile("compressor")
+
+EMPTY = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel."""
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,3 +66,12 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
 def own_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's file that a test names adds its folder to ``sys.path``: not for the next test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture(autouse=True)
+def no_ink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs whose tests are not about reports draw their pictures and save an empty one."""
+    if request.path.parent.name == "pipeline" or request.path.stem in ("test_pipeline", "test_cli"):
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: file.write(EMPTY))

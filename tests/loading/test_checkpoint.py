@@ -183,7 +183,7 @@ def small_bytes(folder: Path) -> bytes:
     return saved(folder / "m.pt").read_bytes()
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_flipped_byte_is_refused_or_changes_nothing(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

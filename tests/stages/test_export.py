@@ -118,12 +118,12 @@ FAMILIES = [
     ("mlp", (30,)),
     ("lstm", (8, 8)),
     ("vit", IMAGE),
+    ("gru", (8, 8)),
+    ("unet", IMAGE),
     *(
         pytest.param(name, shape, marks=pytest.mark.slow)
         for name, shape in [
             ("cnn", IMAGE),
-            ("gru", (8, 8)),
-            ("unet", IMAGE),
             ("resnet20", (1, 16, 16)),
             ("resnet56", (1, 16, 16)),
             ("vgg16", (1, 32, 32)),
