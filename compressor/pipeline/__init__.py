@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 from compressor import recipe as recipes
 from compressor.artifact import Artifact, copy, write_text
 from compressor.errors import InputError
-from compressor.loading import formats, onnxfile, onnxtask
-from compressor.loading import task as tasks
-from compressor.loading.opaque import Opaque
+from compressor.loading import formats
 from compressor.loading.torchfile import state_digest
 from compressor.measure import protocol
 from compressor.measure.environment import cores, installed
@@ -24,15 +22,16 @@ from compressor.measure.turns import disabled
 from compressor.measurement import PLACES, SETTINGS, TORCH, Target
 from compressor.pipeline import own, verdict
 from compressor.pipeline.document import SAMPLES, document, write_samples
-from compressor.pipeline.entries import behaviour, original, program, read_data
+from compressor.pipeline.entries import behaviour
 from compressor.pipeline.folder import Folder, key_of
+from compressor.pipeline.given import TorchOnly, graph_path, opened
 from compressor.pipeline.making import Maker, follow
-from compressor.pipeline.measuring import leave, measure, race, rival
+from compressor.pipeline.measuring import Measured, leave, measure, race, rival
 from compressor.pipeline.robustness import robustness as stress
 from compressor.pipeline.verdict import Row
 from compressor.recipe import BASELINE, Recipe, Step
 from compressor.report import Report
-from compressor.stages import STAGES, bind, fitting, form_taken
+from compressor.stages import bind, fitting
 from compressor.task import Kind, Splits, Task
 from compressor.training import logs
 from compressor.training.recovery import TRACE
@@ -129,41 +128,15 @@ def run(
         train=settings,
     )
     masters = teacher if isinstance(teacher, tuple | list) else (teacher,)
-    given = onnx_path(model)
-    if given is None and not trust_pickle:
-        unasked(inputs, domains)
-    torch_only = {"arch": arch, "teacher": masters, "student": student, "weights": weights}
-    if given is not None:
-        measurable(f"{given.name} is ONNX: {onnxtask.NEEDED}", steps, **torch_only)
+    only = TorchOnly(arch, masters, teacher_arch, student, weights)
+    graph = graph_path(model, steps, only, inputs, domains, trusted=trust_pickle)
     with joined(processes) as around, ExitStack() as stack:
-        file: Artifact | None = None
-        judged: dict[str, Any] = {
-            "data": read_data(data) if trust_pickle else data,
-            "metric": metric,
-            "kind": kind,
-            "seed": seed,
-            "functions": functions,
-        }
-        if given is None:
-            try:
-                task = tasks(
-                    model,
-                    arch=arch,
-                    teachers=masters,
-                    teacher_arch=teacher_arch,
-                    student=student,
-                    weights=weights,
-                    trusted=trust_pickle,
-                    **judged,
-                )
-                unasked(inputs, domains)
-            except Opaque as error:
-                measurable(str(error), steps, **torch_only)
-                given = stack.enter_context(program(error, judged["data"]))
-        if given is not None:
-            task, file = stack.enter_context(
-                original(given, inputs=inputs, domains=domains, **judged)
+        task, file = stack.enter_context(
+            opened(
+                model, graph, steps, only, inputs, domains, trusted=trust_pickle, data=data,
+                metric=metric, kind=kind, seed=seed, functions=functions,
             )
+        )  # fmt: skip
         until = None if time_budget is None else began + time_budget
         task = replace(task, target=targets[0], budget=budget, until=until, logs=tuple(kept))
         for step in steps:
@@ -184,7 +157,7 @@ def run(
         fingerprint = key_of(
             reads=reads,
             source=task.source,
-            inputs=[asdict(given) for given in task.inputs],
+            inputs=[asdict(one) for one in task.inputs],
             recipe=[step.to_json() for step in steps],
             targets=[target.to_json() for target in targets],
             bench_time=bench_time,
@@ -231,25 +204,7 @@ def run(
                 harder = stress(task, maker.onnx, maker.float_of, seed=seed, progress=task.watch)
                 for row in found["artifacts"]:
                     row["robustness"] = harder.get(row["name"])
-            ran = [row for row in measured.rows if row["artifact"] == found["best"]]
-            best, said, other = (
-                maker.onnx[found["best"]],
-                None,
-                rival(ran, found["best"], targets[0]),
-            )
-            ran_there = any(row["primary"] and "skipped" not in row for row in ran)
-            if other is not None and ran_there:
-                said = race(task, best, targets[0], other, measured, bench_time, budget)
-            if said is not None:
-                found["recommendation"] += f" {verdict.runtimes(said)}"
-            found["runtimes"] = said
-            found["pytorch"] = (
-                leave(task, maker.onnx[BASELINE], best, targets, measured, bench_time, factory)
-                if ran_there
-                else []
-            )
-            for one in found["pytorch"]:
-                found["recommendation"] += f" {verdict.left(one)}"
+            where = _elsewhere(found, task, maker, measured, targets, bench_time, budget, factory)
             command = command or f"compressor.run({task.name}, ...)"
             report = Report(
                 {
@@ -270,7 +225,7 @@ def run(
             with folder.results() as beside:
                 write_samples(beside / SAMPLES, measured.raw)
                 write_text(beside / "recipe.toml", recipes.write(maker.resolved, command))
-                _write_best(beside, best, home(ran, targets[0], said))
+                _write_best(beside, maker.onnx[found["best"]], where)
                 report.write(beside)
             hand(report.document)
             return report
@@ -302,30 +257,6 @@ def plan(
         train=train,
     )
     return bind(recipes.named(edited))
-
-
-def onnx_path(model: object) -> Path | None:
-    """The path of a model that is an ONNX file."""
-    named = isinstance(model, str | Path) and Path(model).suffix == onnxfile.SUFFIX
-    return Path(model) if named else None  # type: ignore[arg-type]
-
-
-def unasked(inputs: Sequence[str], domains: Sequence[str]) -> None:
-    """Raises :class:`InputError` where a PyTorch model is asked what only a graph is."""
-    if inputs or domains:
-        flag = f"--input {inputs[0]!r}" if inputs else f"--domain {domains[0]!r}"
-        raise InputError(f"{flag}: only ONNX files are asked for that; this is a PyTorch model")
-
-
-def measurable(why: str, steps: Recipe, **torch: Any) -> None:
-    """Raises :class:`InputError` for a step or an argument that a graph without layers has no use
-    for; ``why`` there are none."""
-    for step in steps:
-        if form_taken(STAGES[step.stage]) == "torch":
-            raise InputError(f"step {step.name!r}: {step.stage} changes a PyTorch model, and {why}")
-    for name, value in torch.items():
-        if value:
-            raise InputError(f"--{name} is for PyTorch models, and {why}")
 
 
 def others(task: Task) -> list[Callable[[], nn.Module]]:
@@ -391,6 +322,39 @@ def targets_of(
             for count in counts
         ]
     return found
+
+
+def _elsewhere(
+    found: dict[str, Any],
+    task: Task,
+    maker: Maker,
+    measured: Measured,
+    targets: Sequence[Target],
+    bench_time: str,
+    budget: float,
+    factory: str | None,
+) -> Row:
+    """Races the recommended artifact in the other runtimes, and says in ``found`` how it went.
+
+    Gives the row of the runtime that it is handed on with.
+    """
+    best, primary = maker.onnx[found["best"]], targets[0]
+    ran = [row for row in measured.rows if row["artifact"] == best.name]
+    other, said = rival(ran, best.name, primary), None
+    there = any(row["primary"] and "skipped" not in row for row in ran)
+    if other is not None and there:
+        said = race(task, best, primary, other, measured, bench_time, budget)
+    if said is not None:
+        found["recommendation"] += f" {verdict.runtimes(said)}"
+    found["runtimes"] = said
+    found["pytorch"] = (
+        leave(task, maker.onnx[BASELINE], best, targets, measured, bench_time, factory)
+        if there
+        else []
+    )
+    for one in found["pytorch"]:
+        found["recommendation"] += f" {verdict.left(one)}"
+    return home(ran, primary, said)
 
 
 def data_digest(splits: Splits | None) -> str:

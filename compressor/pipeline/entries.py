@@ -1,4 +1,4 @@
-"""Files as they are given: those of a bench, each under its name, and the ONNX file of a run."""
+"""The files of a bench as they are given, each under its name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from compressor.loading import onnxfile, onnxtask, torchfile
 from compressor.loading import task as tasks
 from compressor.loading.checkpoint import inputs_like
 from compressor.loading.onnxfile import Asked, OnnxFile
-from compressor.loading.opaque import Opaque, converted
 from compressor.loading.task import SPLIT_SEED, tensors
 from compressor.loading.torchfile import state_digest
 from compressor.measure.counting import vetted
@@ -37,7 +35,6 @@ from compressor.pipeline.folder import key_of
 from compressor.pipeline.making import watched
 from compressor.pipeline.verdict import Row
 from compressor.stages import STAGES
-from compressor.stages.export import adopt
 from compressor.task import Input, Kind, Task
 
 
@@ -117,7 +114,7 @@ def read(
             # All are judged by what the first names, or answers where nothing has a label.
             given = Data(entry.read.data or "", entry.read.splits, entry.read.kind)
         entries.append(entry)
-    _known(asked, [one.name for entry in entries for one in getattr(entry.read, "slots", ())])
+    known(asked, [one.name for entry in entries for one in getattr(entry.read, "slots", ())])
     fed = first(entries)
     return [entry if entry.why else _alike(entry, fed) for entry in entries], given
 
@@ -130,7 +127,7 @@ def read_data(data: Any) -> Data | None:
     return read_(data, SPLIT_SEED)
 
 
-def _known(asked: Mapping[str, Asked], slots: Sequence[str]) -> None:
+def known(asked: Mapping[str, Asked], slots: Sequence[str]) -> None:
     for name in asked:
         if name not in slots:
             raise InputError(
@@ -345,63 +342,3 @@ def judge(
     source = {"factory": name, "arguments": {}}
     fed = first(entries).inputs
     return Task(name, known, nn.Identity, source, fed, metric_of(known, metric), seed=seed)
-
-
-# The model of a run.
-
-TOGETHER = 32
-"""Examples that an ONNX file answers at a time where nothing is measured: as many as the judge of
-quantization gives to a graph."""
-
-
-@contextmanager
-def original(
-    path: Path,
-    *,
-    data: Any = None,
-    inputs: Sequence[str] = (),
-    domains: Collection[str] = (),
-    metric: str | None = None,
-    kind: Kind | None = None,
-    seed: int = 0,
-    functions: Mapping[str, Callable[..., Any]] = {},
-) -> Iterator[tuple[Task, Artifact]]:
-    """The task of the ONNX file at ``path``, and the file as it is measured while the block lasts.
-
-    That is the file itself or, made by :func:`compressor.stages.export.adopt`, one that takes any
-    batch. Raises :class:`InputError` where the file does not run, or the data does not fit it.
-    """
-    file = onnxfile.read(path, domains)
-    asked, given = onnxfile.asked(inputs), read_data(data)
-    _known(asked, [slot.name for slot in file.slots])
-    given = onnxtask.suited(given, file) if given else None
-    like = inputs_like(given.splits.train.head(64)[0]) if given else ()
-    fed = onnxfile.inputs(file, asked, like=like, batch=(file.batch or 1,))
-    vetted(path, fed)
-    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        try:
-            # In a worker first: what follows opens the file in this process.
-            once = file.batch or 2
-            examples = (one.synthetic(once, seed + at) for at, one in enumerate(fed))
-            Runner(path, once)(*map(torch.from_numpy, examples))
-            adopted = adopt(file, fed, Path(folder) / path.stem)
-            runner = Runner(adopted.path, TOGETHER)
-            task = onnxtask.task(
-                file, runner, fed, data=given, metric=metric, kind=kind, seed=seed,
-                functions=functions,
-            )  # fmt: skip
-        except WorkerFailed as error:
-            raise InputError(f"{path} does not run: {error}") from None
-        yield task, adopted
-
-
-@contextmanager
-def program(why: Opaque, data: Data | None) -> Iterator[Path]:
-    """The ONNX file, while the block lasts, of a trusted program that no layers come from."""
-    example = data.splits.train.head(2)[0] if data else None
-    with tempfile.TemporaryDirectory(prefix="compressor-") as folder:
-        made = converted(why, Path(folder), example)
-        try:
-            yield made
-        except InputError as error:
-            raise InputError(str(error).replace(str(made), str(why.path))) from None

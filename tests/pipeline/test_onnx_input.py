@@ -18,10 +18,10 @@ import compressor
 from compressor import pipeline
 from compressor.artifact import digest
 from compressor.errors import InputError
-from compressor.loading import onnxtask
 from compressor.loading import task as tasks
 from compressor.measure.counting import counted
-from compressor.pipeline.entries import Runner, behaviour, original
+from compressor.pipeline.entries import Runner, behaviour
+from compressor.pipeline.given import TorchOnly, graph_path, original
 from compressor.recipe import QUANTIZE, Step
 from compressor.report import Report, problem
 from compressor.stages import STAGES, form_taken
@@ -198,7 +198,9 @@ def test_what_trains_or_cuts_needs_the_pytorch_model(
 @pytest.mark.parametrize("stage", TORCH)
 def test_every_stage_of_pytorch_says_so(stage: str) -> None:
     with pytest.raises(InputError, match=f"step 'a': {stage} changes a PyTorch .*{NEEDS}"):
-        pipeline.measurable(f"it is ONNX: {onnxtask.NEEDED}", (Step(stage, {}, "a", "baseline"),))
+        graph_path(
+            "model.onnx", (Step(stage, {}, "a", "baseline"),), TorchOnly(), (), (), trusted=False
+        )
     assert set(TORCH) == set(STAGES) - {"quantize"}
     assert QUANTIZE  # of which all but qat are for ONNX
 
