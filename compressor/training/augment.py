@@ -299,6 +299,9 @@ def _along(axis: int, value: Tensor) -> Tensor:
     return value[:, None] * torch.eye(2).to(value)[axis]
 
 
+NEAR = 1e-3
+"""Of a level: float32 is not nearer to a whole one."""
+
 OPERATIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "identity": lambda kornia, images, value: images,
     "autocontrast": lambda kornia, images, value: _contrasted(images),
@@ -319,7 +322,10 @@ OPERATIONS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "posterize": lambda kornia, images, value: kornia.enhance.posterize(
         _levels(images), value.ceil().int()
     ),
-    "solarize": lambda kornia, images, value: kornia.enhance.solarize(images, value),
+    # From a whole level on, as PIL has them; half of one lower, for pictures a hair below theirs.
+    "solarize": lambda kornia, images, value: kornia.enhance.solarize(
+        images, ((255 * value - NEAR).ceil() - 0.5) / 255
+    ),
     "color": lambda kornia, images, value: kornia.enhance.adjust_saturation_with_gray_subtraction(
         images, 1 + value
     ),

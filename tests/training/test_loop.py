@@ -438,7 +438,7 @@ def test_by_default_it_is_adam_under_one_cycle(
         theirs,
         splits,
         training,
-        lambda own: torch.optim.Adam(own, lr=3e-3),
+        lambda own: torch.optim.Adam(own, lr=3e-3, fused=True),
         seed=seed,
         cycle=True,
     )
@@ -449,8 +449,8 @@ def test_by_default_it_is_adam_under_one_cycle(
 
 
 PEERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adam": lambda own: torch.optim.Adam(own, 0.02, weight_decay=0.3),
-    "adamw": lambda own: torch.optim.AdamW(own, 0.02, weight_decay=0.3),
+    "adam": lambda own: torch.optim.Adam(own, 0.02, weight_decay=0.3, fused=True),
+    "adamw": lambda own: torch.optim.AdamW(own, 0.02, weight_decay=0.3, fused=True),
     "sgd": lambda own: torch.optim.SGD(own, 0.02, 0.8, weight_decay=0.3),
     "nesterov": lambda own: torch.optim.SGD(own, 0.02, 0.8, weight_decay=0.3, nesterov=True),
     "rmsprop": lambda own: torch.optim.RMSprop(own, 0.02, momentum=0.8, weight_decay=0.3),
@@ -763,7 +763,7 @@ def test_how_often_losses_are_looked_at_changes_nothing(looks: int) -> None:
         plain,
         DIGITS,
         Training(epochs=2, batch_size=16),
-        lambda own: torch.optim.Adam(own, lr=3e-3),
+        lambda own: torch.optim.Adam(own, lr=3e-3, fused=True),
         seed=0,
         cycle=True,
     )
