@@ -385,6 +385,8 @@ METRICS: dict[Kind, dict[str, Metric]] = {
     "multilabel": {
         "accuracy": Metric(sign),
         "exact_match": Metric(exact),
+        "precision": over_labels(precision),
+        "recall": over_labels(recall),
         "f1": over_labels(f1),
         "roc_auc": Metric(whole=Whole(logits, _each_label)),
         "cross_entropy": Metric(bit_entropy, False),

@@ -139,7 +139,7 @@ def edited(
         changed = _inserted(changed, 0, Step("student", {"factory": student}, "student", BASELINE))
     if prune is not None and not steps and epochs is None:
         changed.append(Step("distill"))
-    trains = bool(epochs or (epochs is None and (train or student)))
+    trains = bool(epochs or (epochs is None and (train or student or distill)))
     if train and epochs == 0:
         raise InputError(f"--epochs 0: nothing is trained, so {next(iter(train))} has no use")
     if trains and not any(step.stage == "distill" for step in changed):
@@ -167,6 +167,9 @@ def edited(
         flags["prune"]["keep"] = list(keep)
     if epochs:
         flags["distill"]["epochs"] = epochs
+    if distill is not None and train.get("loss") is not None:
+        raise InputError("--loss says what is learnt, and so does --distill or --no-distill: leave "
+                         "one out")  # fmt: skip
     if distill is not None:
         flags["distill"].setdefault("loss", "distill" if distill else "labels")
     changed = [

@@ -146,8 +146,9 @@ class Task:
     Without ``labelled`` examples the model's own answers stand for labels, and training examples
     have none. ``teachers`` give what is imitated, the reference where there are none; ``students``
     build other models to teach and ``functions`` are the user's own, both by the names that stand
-    on the command line. ``logs`` are kept of training, ``watch`` is told how it goes, and ``reads``
-    stands for everything that a stage's result depends on beside its artifact and settings.
+    on the command line. ``logs`` are kept of training, ``watch`` is told how it goes, ``reads``
+    stands for everything that a stage's result depends on beside its artifact and settings, and
+    ``notes`` are warnings for the report.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Task:
     logs: tuple[str, ...] = ()
     watch: Callable[[str], None] = unseen
     reads: str = ""
+    notes: tuple[str, ...] = ()
 
     def examples(self, count: int) -> Inputs:
         """``count`` seeded synthetic inputs, each of shape ``(count, *shape)``."""

@@ -7,6 +7,7 @@ import gzip
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -700,3 +701,17 @@ def test_no_byte_of_the_list_of_keys_takes_the_targets_away(tmp_path: Path) -> N
                 data = read(f"arrays:{path}")
                 assert data.labelled
                 assert data.splits.test.digest() == wanted
+
+
+def test_an_npz_that_unpacks_to_more_than_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.data.arrays.UNPACKED", 1 << 20)
+    np.savez_compressed(
+        tmp_path / "a.npz", x=np.zeros((1 << 20, 4), np.float32), y=np.zeros(1 << 20)
+    )
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"would unpack 0 MB to 0\.0 GB of memory: write \.npy"):
+        read(f"arrays:{tmp_path / 'a.npz'}", 0)
+    assert tracemalloc.get_traced_memory()[1] < 4e6
+    tracemalloc.stop()

@@ -84,6 +84,8 @@ WHOLE: list[tuple[Kind, str, Any, Any, float]] = [
     ("binary", "recall", SIGNS, SIDES, 2 / 3),
     ("binary", "f1", SIGNS, SIDES, 2 / 3),
     ("binary", "roc_auc", SIGNS, SIDES, 3 / 6),
+    ("multilabel", "precision", [[1.0, 1], [1, -1]], [[1, 0], [0, 0]], (1 / 2 + 0) / 2),
+    ("multilabel", "recall", [[1.0, 1], [1, -1]], [[1, 0], [0, 0]], (1 + 0) / 2),
     ("multilabel", "f1", [[1.0, 1], [1, -1]], [[1, 0], [0, 0]], (2 / 3 + 0) / 2),
     ("multilabel", "roc_auc", [[1.0, 1], [1, -1]], [[1, 0], [0, 1]], (1 / 2 + 0) / 2),
     (
@@ -250,7 +252,10 @@ def test_the_number_is_that_of_scikit_learn(seed: int) -> None:
     known["multilabel"] = {
         "accuracy": 1 - theirs.hamming_loss(targets, outputs > 0),
         "exact_match": theirs.accuracy_score(targets, outputs > 0),
-        "f1": theirs.f1_score(targets, outputs > 0, average="macro"),
+        **{
+            name: getattr(theirs, f"{name}_score")(targets, outputs > 0, average="macro")
+            for name in ("precision", "recall", "f1")
+        },
         "roc_auc": theirs.roc_auc_score(targets, outputs),
         "cross_entropy": np.mean(
             [

@@ -14,6 +14,10 @@ from compressor.errors import InputError, one_line
 
 KEY = re.compile(rf"(x\d*|y)(_({'|'.join(NAMES)}))?|x\d*_{BARE}")
 
+UNPACKED, PACKED = 1 << 30, 50
+"""Bytes that an ``.npz`` may unpack to, whatever it holds, and for each byte of it: a bomb of zeros
+is a thousandfold."""
+
 
 def arrays(location: str, seed: int) -> Data:
     """Data from a file that ``numpy.savez`` wrote, or from files of ``numpy.save``.
@@ -67,7 +71,18 @@ def _zipped(path: Path) -> dict[str, Any]:
             # One changed byte makes a key and its array the comment of the key before it.
             if any(entry.comment for entry in file.zip.infolist()):
                 raise ValueError("its list of keys is damaged")
+            whole, packed = (
+                sum(getattr(entry, size) for entry in file.zip.infolist())
+                for size in ("file_size", "compress_size")
+            )
+            if whole > max(UNPACKED, PACKED * packed):
+                raise InputError(
+                    f"{path} would unpack {packed / 1e6:,.0f} MB to {whole / 1e9:,.1f} GB of "
+                    "memory: write .npy files into a folder, which are read where they lie"
+                )
             return {key: file[key] for key in file.files}
+    except InputError:
+        raise
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen types on a broken file
         raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 

@@ -280,7 +280,7 @@ def unpickled(content: bytes) -> Any:
             top(dict).update(zip(pairs[::2], pairs[1::2], strict=True))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             asked = argument if name == "GLOBAL" else " ".join((stack.pop(-2), stack.pop()))
-            if asked not in CLASSES and not RECONSTRUCT.fullmatch(asked):
+            if asked not in (*CLASSES, ENCODE) and not RECONSTRUCT.fullmatch(asked):
                 raise InputError(
                     f"asks for {asked.replace(' ', '.')!r:.80}, which no file of CIFAR needs, and "
                     "which could run code: get the file again"
@@ -310,9 +310,15 @@ BYTE_STRINGS = {"BINSTRING", "SHORT_BINSTRING", "STRING"}
 CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
-def _made(name: Any, given: Any) -> Bytes | Dtype:
-    """What NumPy's ``_reconstruct`` or ``dtype`` would make of these arguments."""
+ENCODE = "_codecs encode"
+"""How Python 3 writes bytes for Python 2: as text, with the codec that makes bytes of it again."""
+
+
+def _made(name: Any, given: Any) -> Bytes | Dtype | bytes:
+    """What NumPy's ``_reconstruct`` or ``dtype`` would make of these arguments, or bytes."""
     if type(name) is Name and type(given) is tuple and given:
+        if name == ENCODE and given[1:] == ("latin1",) and type(given[0]) is str:
+            return given[0].encode("latin1")
         if RECONSTRUCT.fullmatch(name) and given[0] == "numpy ndarray":
             return Bytes()
         if name == "numpy dtype":

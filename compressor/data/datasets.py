@@ -18,14 +18,13 @@ from compressor.data import columns
 from compressor.data.columns import HELD_AT_MOST, Asked, Names, arrow, reading, shown
 from compressor.data.demand import At, OnDemand
 from compressor.data.folder import Channels, decoder
-from compressor.data.live import NAMES, Data
+from compressor.data.live import PARTS, Data
 from compressor.data.rows import Rows, labelled
 from compressor.data.text import Length, check, texts
 from compressor.data.tokens import read_object, reader
 from compressor.errors import InputError
 from compressor.task import Array, Batch, Split
 
-PARTS = {**NAMES, "validation": "validate", "dev": "validate"}
 """What a part of a data set may be called, and what it is called here; others are passed over."""
 
 ENDINGS = (".arrow", ".parquet")

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, FiniteFloat
 
 from compressor.data.demand import At, OnDemand
-from compressor.data.live import BARE, NAMES, Data, checked
+from compressor.data.live import BARE, PARTS, Data, checked
 from compressor.data.splitting import completed
 from compressor.errors import InputError, one_line
 from compressor.task import UNLABELLED, Array, Batch, Split
@@ -47,9 +47,11 @@ def images(
     """Pictures, one folder for each class; or ``train`` and ``test``, each with such folders.
 
     Classes are the names of the folders, sorted. Beside ``train`` there may be any of ``test``,
-    ``validate`` (``valid``, ``val``) and ``calibrate``, whose classes are those of ``train``, and
-    ``unlabelled``, further pictures for ``train`` without a class. A folder of nothing but pictures
-    is data without labels. Pictures may lie deeper; files with other endings are passed over.
+    ``validate`` (``validation``, ``valid``, ``val``, ``dev``) and ``calibrate``, in upper or lower
+    case, whose classes are those of ``train``, and ``unlabelled``, further pictures for ``train``
+    without a class. A folder of nothing but pictures is data without labels. Pictures may lie
+    deeper; files with other endings are passed over. Pixels are taken as they are stored, as
+    torchvision does: a camera's note that a picture is to be turned (EXIF) is not followed.
 
     Inputs are float32 ``(3, size, size)``, with ``gray`` ``(1, size, size)``: the shorter side is
     made ``size`` pixels long (bilinear, antialiased), the middle of the longer kept, and
@@ -70,26 +72,24 @@ def images(
 
         return Split(OnDemand(read, labels.__getitem__, parallel=True), np.arange(len(paths)))
 
-    in_parts = (root / "train").is_dir()
-    home = root / "train" if in_parts else root
-    classes = _classes(home)
+    split_into = _split_into(root)
+    home = split_into.get("train", root)
+    classes, in_parts = _classes(home), "train" in split_into
     if not in_parts and not classes:
         bare = completed(split(*_bare(root)), seed)
         return Data("images", checked(bare, bare=tuple(bare.sizes())), labelled=False)
-    if not in_parts and {*classes} <= {*NAMES, BARE}:
+    if not in_parts and len(split_into) == len(classes):
         raise InputError(f"{root} holds {', '.join(classes)} and no train: add it")
     paths, labels = _labelled(home, classes)
     train = split(paths, labels)
-    others: dict[str, Split] = {}
-    for name, part in NAMES.items():
-        if not in_parts or name == "train" or not (root / name).is_dir():
-            continue
-        if part in others:
-            raise InputError(f"{root} holds the part {part!r} twice: remove {root / name}")
-        others[part] = split(*_labelled(root / name, classes))
+    others = {
+        part: split(*_labelled(folder, classes))
+        for part, folder in (split_into.items() if in_parts else ())
+        if part not in ("train", BARE)
+    }
     splits = checked(completed(train, seed, labels=labels, **others))
-    if in_parts and (root / BARE).is_dir():
-        more = split(*_bare(root / BARE))
+    if in_parts and BARE in split_into:
+        more = split(*_bare(split_into[BARE]))
         splits = completed(train, seed, labels=labels, **others, unlabelled=more)
     return Data("images", splits, "classification", len(classes))
 
@@ -123,6 +123,34 @@ def decoder(
         return pixels
 
     return decode
+
+
+def _split_into(root: Path) -> dict[str, Path]:
+    """The folders of a data set that are its parts, by what they are called here.
+
+    Raises :class:`InputError` for two of one part, and for pictures in a folder beside ``train``
+    that is none: they would be left out without a word.
+    """
+    found: dict[str, Path] = {}
+    strangers = []
+    for name in _classes(root):
+        part = {**PARTS, BARE: BARE}.get(name.lower())
+        if part is None:
+            strangers.append(root / name)
+        elif part in found:
+            raise InputError(f"{root} holds the part {part!r} twice: remove {root / name}")
+        else:
+            found[part] = root / name
+    for stranger in strangers if "train" in found else ():
+        if any(
+            name.lower().endswith(ENDINGS) for _, _, names in os.walk(stranger) for name in names
+        ):
+            raise InputError(
+                f"{stranger} stands beside {found['train'].name} and is no part "
+                f"({', '.join(PARTS)}, {BARE}): move it, or give that folder another name if it "
+                "is a class"
+            )
+    return found
 
 
 def _classes(folder: Path) -> list[str]:

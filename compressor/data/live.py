@@ -28,6 +28,15 @@ NAMES = {
 }
 """What a part may be called, and what it is called here."""
 
+PARTS = {
+    **NAMES,
+    "training": "train",
+    "validation": "validate",
+    "dev": "validate",
+    "testing": "test",
+}
+"""The same, and what others call the folders and files of parts."""
+
 BARE = "unlabelled"
 """The part whose examples have no label; they end up in ``train``."""
 

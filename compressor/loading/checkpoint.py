@@ -170,25 +170,59 @@ def read(path: Path, weights: str | None = None) -> Described:
         )
     _check_memory(path, given)
     if given.get("format") == FORMAT:
+        if weights is not None:
+            raise InputError(f"--weights: {path} has one set of weights: leave it out")
         return _own(path, given)
     if weights is not None and not isinstance(given.get(weights), dict):
         kept = [str(key) for key, value in given.items() if isinstance(value, dict)]
         raise InputError(
             f"{path} has no weights under --weights {weights!r}: it has {', '.join(kept) or 'none'}"
         )
-    for key in WRAPPERS if weights is None else (weights,):
-        if isinstance(given.get(key), dict):
-            given = given[key]
+    keys = WRAPPERS if weights is None else (weights,)
+    for _ in range(DEEPEST):
+        inner = next((given[key] for key in keys if isinstance(given.get(key), dict)), None)
+        if inner is None:
             break
+        given, keys = inner, WRAPPERS  # a model's own checkpoint may lie in that of a run
     wrong = [key for key, value in given.items() if not isinstance(value, torch.Tensor)]
     if not given or wrong:
         seen = ", ".join(map(repr, list(given)[:5])) or "nothing"
+        held = [key for key, value in given.items() if isinstance(value, dict) and _tensors(value)]
+        advice = f"add --weights {held[0]}, or save" if held else "save"
         raise InputError(
-            f"{path} holds no state dict (keys: {seen}): save model.state_dict() or use "
+            f"{path} holds no state dict (keys: {seen}): {advice} model.state_dict() or use "
             "compressor.save"
         )
     prefix = "module." if all(str(key).startswith("module.") for key in given) else ""
     return Described({str(key).removeprefix(prefix): value for key, value in given.items()})
+
+
+def _tensors(held: Mapping[Any, Any]) -> bool:
+    return bool(held) and all(isinstance(value, torch.Tensor) for value in held.values())
+
+
+DEEPEST = 4
+"""Checkpoints inside each other: a file of bad intent may hold itself."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""In front of all names: of ``DataParallel`` and averaged models, ``torch.compile``, Lightning."""
+
+BESIDE = "n_averaged"
+"""What ``torch.optim.swa_utils.AveragedModel`` keeps beside its weights."""
+
+
+def unwrapped(state: State, wanted: Mapping[str, Any]) -> State:
+    """``state`` without what wrappers put in front of its names, where it then has those that are
+    ``wanted``; otherwise as it is."""
+    inner = dict(state)
+    while inner and inner.keys() != wanted.keys():
+        if BESIDE not in wanted:
+            inner.pop(BESIDE, None)
+        prefix = next((one for one in PREFIXES if all(key.startswith(one) for key in inner)), None)
+        if prefix is None:
+            break
+        inner = {key.removeprefix(prefix): value for key, value in inner.items()}
+    return inner if inner.keys() == wanted.keys() else state
 
 
 def there(path: Path) -> None:

@@ -79,6 +79,8 @@ def opened(
     :class:`Opaque` where PyTorch may still export a trusted program.
     """
     path = Path(model)
+    if weights is not None:
+        _several(model, path)
     if str(model).partition(":")[0] in hub.PACKAGES:
         built, said_by, inputs = hub.named(str(model))
         return Loaded(built.eval(), said_by, Described({}, usual=inputs))
@@ -93,7 +95,7 @@ def opened(
         )
     program = path.suffix == ".pt2" or checkpoint.entries(path, checkpoint.GRAPH)
     if trusted and not program:
-        built = pickled.trusted(path).cpu().eval()
+        built = pickled.trusted(path, weights).cpu().eval()
         if isinstance(built, torch.jit.ScriptModule):
             return _scripted(path, built, example)
         named = f"{PICKLED}{type(built).__module__}.{type(built).__qualname__}"
@@ -110,7 +112,7 @@ def opened(
         )
         return Loaded(built, source, Described({}))
     if arch is None and _whole(path):
-        description, state = readers.guarded("pickled", path)
+        description, state = readers.guarded("pickled", path, weights=weights)
         return _embedded(path, description, state, Described({}))
     said = readers.read(path, weights)
     if said.source is None and arch is None:
@@ -120,7 +122,21 @@ def opened(
         )
     source = said.source or {"factory": arch_name(arch), "arguments": {}}
     built = _built(source, said.state, arch, path)
-    return Loaded(torchfile.load_state(built, said.state, path).eval(), source, said)
+    inner = checkpoint.unwrapped(said.state, built.state_dict())
+    return Loaded(torchfile.load_state(built, inner, path).eval(), source, said)
+
+
+def _several(model: str | Path, path: Path) -> None:
+    """Raises :class:`InputError` for what has one set of weights, of which none can be chosen."""
+    one = "a folder" if path.is_dir() else ""
+    if str(model).partition(":")[0] in hub.PACKAGES:
+        one = "a model of a package"
+    elif path.suffix in (onnxfile.SUFFIX, ".pt2", torchfile.SUFFIX):
+        one = f"a {path.suffix} file"
+    elif path.is_file() and checkpoint.entries(path, checkpoint.GRAPH):
+        one = "a program"
+    if one:
+        raise InputError(f"--weights: {model} is {one}, which has one set of weights: leave it out")
 
 
 def _whole(path: Path) -> bool:

@@ -286,10 +286,10 @@ def _state(owner: Any, state: Any) -> None:
         raise ValueError(f"it sets attributes of a {type(owner).__name__}")
 
 
-def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
+def read(path: Path, weights: str | None = None) -> tuple[Description, dict[str, Tensor]]:
     """The description of the model that was pickled to ``path``, and its tensors.
 
-    Executes nothing. The model is the file's value, or stands under one of
+    Executes nothing. The model is the file's value, or stands under ``weights``, by default one of
     :data:`~compressor.loading.checkpoint.WRAPPERS`. Raises :class:`InputError` for a model with
     classes that are none of PyTorch's layers, naming them, for one whose layers were changed by
     hand, and for a file that is damaged or could take more memory than it is long.
@@ -307,9 +307,7 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
             f"{one_line(error, 120)}): save it again"
         ) from None
     _check_names(path, machine.names)
-    if isinstance(found, dict):
-        held = (found[key] for key in WRAPPERS if isinstance(found.get(key), Recorded))
-        found = next(held, found)
+    found = _chosen(path, found, weights, Recorded)
     if not isinstance(found, Recorded):
         raise InputError(
             f"{path} holds a {type(found).__name__}, not a whole model: give --arch "
@@ -412,8 +410,24 @@ class _Numbers:
         return found
 
 
-def trusted(path: Path) -> nn.Module:
+def _chosen(path: Path, found: Any, weights: str | None, kind: type) -> Any:
+    """The model of a checkpoint: that under ``weights``, or the first under a usual key."""
+    held = found if isinstance(found, dict) else {}
+    models = {str(key): value for key, value in held.items() if isinstance(value, kind)}
+    if weights is None:
+        return next((models[key] for key in WRAPPERS if key in models), found)
+    if weights not in models:
+        raise InputError(
+            f"{path} has no model under --weights {weights!r}: it has "
+            f"{', '.join(models) or 'none to choose from'}"
+        )
+    return models[weights]
+
+
+def trusted(path: Path, weights: str | None = None) -> nn.Module:
     """The model in ``path``, unpickled: this runs whatever code the file holds.
+
+    ``weights`` is its key in a file that has several.
 
     For a caller who was told to trust the file. TorchScript programs load too. Raises
     :class:`InputError` where that fails or gives no model.
@@ -431,9 +445,7 @@ def trusted(path: Path) -> nn.Module:
             f"{path} does not unpickle ({type(error).__name__}: {one_line(error, 120)}): run where "
             "its classes can be imported, or give its state dict and --arch PKG.MOD:FACTORY"
         ) from None
-    if isinstance(found, dict):
-        held = (found[key] for key in WRAPPERS if isinstance(found.get(key), nn.Module))
-        found = next(held, found)
+    found = _chosen(path, found, weights, nn.Module)
     if not isinstance(found, nn.Module):
         raise InputError(
             f"{path} holds a {type(found).__name__}, not a whole model: give --arch "

@@ -90,7 +90,9 @@ def task(
     inputs = _inputs(said, splits, name, given.columns if given else ())
     if source["factory"] == embedded.FACTORY:
         embedded.check(reference, inputs)  # a file may describe more work than there is memory
-    output = _probe(reference, inputs, splits, name)
+    outputs = _probe(reference, inputs, splits, name)
+    output = outputs[0]
+    notes = [] if len(outputs) == 1 else [OTHERS.format(count=len(outputs))]
     mine = {} if metric is None or ":" not in metric else {metric: own_metric(metric, functions)}
     known = kind or (given.kind if given else None) or said.kind
     if given is not None and splits is not None and given.labelled:
@@ -101,6 +103,8 @@ def task(
                 head = head[labelled(head)] if labelled(head).any() else judged[0]
         known = known or _kind(output, head, bool(mine))
         check_targets(known, output, splits)
+        if not mine:
+            notes += _scores(reference, known, splits)
     known = known or (
         "classification" if output.ndim == 2 and output.shape[1] > 1 else "regression"
     )
@@ -130,7 +134,45 @@ def task(
         students=pupil,
         functions=functions,
         metrics={**METRICS[known], **mine},
+        notes=tuple(notes),
     )
+
+
+OTHERS = (
+    "the model has {count} outputs: only the first is judged, and only it is trained for (a "
+    "function of your own can be given by --loss and --metric)"
+)
+
+SCORED = 64
+"""Examples whose outputs show whether they are logits."""
+
+
+def _scores(model: nn.Module, kind: Kind, splits: Splits) -> list[str]:
+    """What is to be said of outputs that are probabilities, where logits are expected.
+
+    Raises :class:`InputError` where that decides what is right: a label is taken where an output
+    is above 0, and all probabilities are. Softmax changes no order, only what losses make of it.
+    """
+    if kind not in ("binary", "multilabel", "classification"):
+        return []
+    batch = splits.train.head(SCORED)[0]
+    with torch.inference_mode():
+        outputs = first(model(*map(torch.from_numpy, batch)))
+    low, high = outputs.aminmax()
+    if low < 0 or high > 1 or low == high or len(outputs) < SCORED:
+        return []
+    if kind != "classification":
+        raise InputError(
+            f"the model answers {len(outputs)} examples with {low:.3g} to {high:.3g}, as after a "
+            "sigmoid; labels and losses need what comes before it (above 0 is yes): give the model "
+            "without its sigmoid, or a --metric PKG.MOD:FUNCTION of your own"
+        )
+    if bool((outputs.sum(1) - 1).abs().max() > 1e-3):
+        return []
+    return [
+        "the model ends in a softmax, on which the loss takes another: it learns slowly; give it "
+        "without its softmax"
+    ]
 
 
 def _teacher(given: str | Path | nn.Module, arch: Arch) -> nn.Module:
@@ -163,7 +205,7 @@ def _answers_alike(
     splits: Splits | None,
 ) -> None:
     """Raises :class:`InputError` where a teacher or student does not answer as the model does."""
-    theirs = _probe(other, inputs, splits, f"{flag} {type(other).__name__}")
+    theirs = _probe(other, inputs, splits, f"{flag} {type(other).__name__}")[0]
     if theirs.shape != output.shape:
         raise InputError(
             f"{flag}: {type(other).__name__} answers two examples with shape "
@@ -247,8 +289,8 @@ def _inputs(
 
 def _probe(
     model: nn.Module, inputs: tuple[Input, ...], splits: Splits | None, name: str
-) -> torch.Tensor:
-    """The first output of a forward pass over two examples, after one over three was compared."""
+) -> list[torch.Tensor]:
+    """The outputs of a forward pass over two examples, the first compared with one over three."""
     batch: Inputs
     if splits is None:
         batch = tuple(given.synthetic(2, 0) for given in inputs)
@@ -261,8 +303,11 @@ def _probe(
             outputs = tensors(model(*map(torch.from_numpy, batch)))
             output = outputs[0]
     except Exception as error:
+        wanted = next((str(one.dtype).removeprefix("torch.") for one in model.parameters()), None)
+        other = "dtype" in str(error) and wanted not in {str(part.dtype) for part in batch}
         raise InputError(
             f"{name} cannot take the data's examples ({shapes}): {one_line(error, 160)}"
+            + (f": its weights are {wanted}; convert the data" if other else "")
         ) from None
     # A second batch size: a model of two classes that sums over its batch gives two numbers too.
     if output.ndim == 0 or output.shape[0] != 2 or three.shape != (3, *output.shape[1:]):
@@ -272,7 +317,7 @@ def _probe(
         )
     if not all(torch.isfinite(each).all() for each in outputs):
         raise InputError(f"{name} gives NaN or infinity on the data's first examples")
-    return output
+    return outputs
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
@@ -302,6 +347,12 @@ def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any], own: bool = False
     if zero_one and width == 1 and targets.size == len(targets):
         return "binary"
     if zero_one and targets.ndim == 2 and targets.shape[1:] == output.shape[1:]:
+        if len(targets) > 1 and (targets.sum(axis=1) == 1).all():
+            raise InputError(
+                f"all {len(targets)} targets seen have one 1 among {width} numbers: give the "
+                "number of the class instead, y.argmax(axis=1); or, of labels that do not exclude "
+                "each other, the kind 'multilabel' with the data"
+            )
         return "multilabel"
     if whole and output.ndim == 4 and targets.ndim == 3:
         return "segmentation"
@@ -309,9 +360,15 @@ def _kind(output: torch.Tensor, targets: np.ndarray[Any, Any], own: bool = False
         return "regression"
     if own:
         return "custom"
+    column = whole and targets.ndim == 2 and targets.shape[1] == 1 and width > 1
     raise InputError(
         f"targets {targets.dtype} {targets.shape} do not fit an output of shape "
-        f"{tuple(output.shape)}: no task kind has both (regression targets are floats)"
+        f"{tuple(output.shape)}: "
+        + (
+            "give labels as y[:, 0]"
+            if column
+            else "no task kind has both (regression targets are floats)"
+        )
     )
 
 

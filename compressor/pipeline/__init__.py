@@ -25,7 +25,7 @@ from compressor.pipeline.document import SAMPLES, document, write_samples
 from compressor.pipeline.entries import behaviour
 from compressor.pipeline.folder import Folder, key_of
 from compressor.pipeline.given import TorchOnly, graph_path, opened
-from compressor.pipeline.making import Maker, follow
+from compressor.pipeline.making import SHARED, Maker, follow
 from compressor.pipeline.measuring import Measured, leave, measure, race, rival
 from compressor.pipeline.robustness import robustness as stress
 from compressor.pipeline.verdict import Row
@@ -137,6 +137,9 @@ def run(
                 metric=metric, kind=kind, seed=seed, functions=functions,
             )
         )  # fmt: skip
+        learning = distill is not False and any(step.stage in SHARED for step in steps)
+        if masters and not learning:
+            raise InputError("--teacher: nothing is learnt from it here: add --distill")
         until = None if time_budget is None else began + time_budget
         task = replace(task, target=targets[0], budget=budget, until=until, logs=tuple(kept))
         for step in steps:

@@ -62,7 +62,7 @@ class Maker:
         self.missed: list[str] = []
         self.resolved: list[Step] = []
         self.stages: list[dict[str, Any]] = []
-        self.warnings: list[str] = [] if task.splits else [NO_DATA]
+        self.warnings: list[str] = [*([] if task.splits else [NO_DATA]), *task.notes]
         self._common = {
             "reads": reads,
             "seed": task.seed,

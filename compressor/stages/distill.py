@@ -20,6 +20,11 @@ from compressor.training import augment, mixing
 from compressor.training.recovery import aimed, clean, epochs_for, made_up, recover
 from compressor.training.settings import DEFAULT, Training
 
+SEEN = (
+    "folds: every fold begins with weights that the model was given with, which may have been "
+    "trained on what the fold holds out: its mean is the better for it (that of --student is not)"
+)
+
 Positive = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 
@@ -49,7 +54,7 @@ def distill(
 
     Without data, ``synthesize`` makes so many examples from the teacher's batch statistics (Yin et
     al. 2020), and the teacher alone is imitated. ``folds`` adds to the facts what the same training
-    reaches in cross-validation.
+    reaches in cross-validation; what it begins with has seen all of it, unless it is a student.
 
     The weights that do best on the validation split stay; frozen parameters stay as they are.
     Training that was killed goes on from its last epoch. Raises :class:`Unsuitable` without data
@@ -68,10 +73,13 @@ def distill(
         def again(part: Task) -> nn.Module:
             one, _ = torchfile.open_model(artifact, part)
             with held(one, artifact, how.shard):
-                recover(one, part, how, aim, keep="last")
+                # When to stop would be chosen by what it is judged on.
+                recover(one, part, replace(how, patience=None), aim, keep="last")
             return one
 
         facts["folds"] = crossed(task, folds, again)
+        if not any(step["stage"] == "student" for step in artifact.steps):
+            facts["note"] = SEEN
     key = f"{artifact.digest} {how.to_json()} {aim} {task.reads} {task.seed}"
     with held(model, artifact, how.shard):
         fitted = recover(model, task, how, aim, into=into, key=key)
@@ -93,6 +101,9 @@ def distill(
 
 def suited(task: Task, **settings: Any) -> None:
     """Raises :class:`InputError` for settings that do not fit the task, before any work."""
+    if task.splits is not None and settings["synthesize"]:
+        raise InputError(f"synthesize {settings['synthesize']} makes up examples where there are "
+                         f"none, and there is data ({task.data}): leave it out")  # fmt: skip
     given = {name: settings[name] for name in ("loss", "weight", "layers")}
     aimed(task, **given)
     trainable(task, **settings)

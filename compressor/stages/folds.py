@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from compressor.data.demand import targets
 from compressor.errors import InputError
 from compressor.metrics import metrics_of
-from compressor.task import Array, Batch, Split, Task
+from compressor.task import Array, Batch, Split, Task, labelled
 from compressor.training.evaluation import evaluate
 
 LEAST = 2
@@ -21,27 +22,33 @@ LEAST = 2
 def crossed(task: Task, folds: int, trained: Callable[[Task], nn.Module]) -> dict[str, Any]:
     """``{"folds", "n", "metric", "each", "mean", "deviation"}``: the metric on every fold.
 
-    The examples of ``train`` and ``validate`` are dealt to ``folds`` parts; ``trained`` gets the
-    task with one part as ``validate`` and the others as ``train``, and must choose nothing by
-    ``validate``: it is what the fold is judged on. Raises :class:`InputError` for fewer examples
-    than parts of two.
+    The examples of ``train`` and ``validate`` that have a label are dealt to ``folds`` parts, each
+    with its share of every class; ``trained`` gets the task with one part as ``validate`` and the
+    others, and all without a label, as ``train``, and must choose nothing by ``validate``: it is
+    what the fold is judged on. Raises :class:`InputError` for fewer examples than parts of two.
     """
     assert task.splits is not None
     whole = _both(task.splits.train, task.splits.validate)
-    if len(whole) < LEAST * folds:
-        raise InputError(f"folds = {folds}: there are {len(whole)} examples of train and validate, "
-                         f"and a fold needs {LEAST}: give fewer folds or more data")  # fmt: skip
+    told = np.concatenate([*targets(task.splits.train, 4096), *targets(task.splits.validate, 4096)])
     order = np.random.default_rng((task.seed, folds)).permutation(len(whole))
+    order = order[labelled(told)[order]] if task.labelled else order
+    if len(order) < LEAST * folds:
+        raise InputError(
+            f"folds = {folds}: there are {len(order)} labelled examples of train and validate, and "
+            f"a fold needs {LEAST}: give fewer folds or more data"
+        )
+    if task.kind == "classification":
+        order = order[np.argsort(told[order], kind="stable")]
     metric, each = metrics_of(task)[task.metric], []
     for part in range(folds):
         held = order[part::folds]
-        rest = np.setdiff1d(order, held)
+        rest = np.setdiff1d(np.arange(len(whole)), held)
         splits = replace(task.splits, train=whole.take(rest), validate=whole.take(held))
         model = trained(replace(task, splits=splits))
         each.append(evaluate(model, splits.validate, metric))
     return {
         "folds": folds,
-        "n": len(whole),
+        "n": len(order),
         "metric": task.metric,
         "each": each,
         "mean": float(np.mean(each)),

@@ -81,8 +81,7 @@ def resident(split: Split, limit_bytes: int) -> Split:
     inputs, targets = split.head(1)
     if len(split) * sum(part.nbytes for part in (*inputs, targets)) > limit_bytes:
         return split
-    once, again = ([*x, y] for x, y in (split.head(COMPARED), split.head(COMPARED)))
-    if any(a.tobytes() != b.tobytes() for a, b in zip(once, again, strict=True)):
+    if not steady(split):
         return split
     whole = [np.empty((len(split), *part.shape[1:]), part.dtype) for part in (*inputs, targets)]
     starts = range(0, len(split), READ_AT_ONCE)
@@ -95,6 +94,12 @@ def resident(split: Split, limit_bytes: int) -> Split:
                 return split
             kept[start : start + READ_AT_ONCE] = values
     return Split.arrays(tuple(whole[:-1]), whole[-1])
+
+
+def steady(split: Split) -> bool:
+    """Whether the first examples of a split are the same when they are asked for again."""
+    once, again = ([*x, y] for x, y in (split.head(COMPARED), split.head(COMPARED)))
+    return all(a.tobytes() == b.tobytes() for a, b in zip(once, again, strict=True))
 
 
 def _fetched(split: Split, at: NDArray[np.intp], pin: bool) -> Fed:

@@ -132,6 +132,8 @@ def fit(
     """
     assert training.epochs is not None
     train, epochs = resident(splits.train, RESIDENT), training.epochs
+    if len(train) < _least(model):
+        raise StageError("one example is too few for batch normalisation: add some")
     world, name, how = here(), *metric
     with ExitStack() as open_:
         open_.enter_context(threads_for(model, train.head(1)[0], training.batch_size, world.local))
@@ -165,6 +167,7 @@ def fit(
         stepped = placed.joint(minimised, beside)
         stand = Stand(placed, optimiser, schedule, scaler, average, beside)
         best, kept, found = evaluate(placed.inner, splits.validate, how), placed.state(), 0
+        never = math.isnan(best)
         history: list[Epoch] = []
         spent, stopped = 0.0, None
         if resume and (stood := world.told(saved.read(*resume) if world.leader else None)):
@@ -176,6 +179,12 @@ def fit(
         def check(title: str, value: float, where: str) -> None:
             if not math.isfinite(value):
                 placed.put(kept)
+                if never and title.endswith("on validate"):
+                    raise StageError(
+                        f"the {title} is not defined on its {len(splits.validate)} examples, "
+                        "before training or after: a class may be missing there; choose another "
+                        "--metric, or give more of them"
+                    )
                 raise StageError(
                     f"the {title} became {value} in {where}; the best weights were put back: "
                     f"lower learning_rate ({training.learning_rate:g}), or clip the gradient"

@@ -33,7 +33,10 @@ class Placed:
         self.inner = copy.deepcopy(model) if self._sharded else model
         self.inner.to(self.device)
         if training.channels_last:
-            self.inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Not by ``Module.to``, which refuses a model with a convolution of volumes.
+            for held in (*self.inner.parameters(), *self.inner.buffers()):
+                if held.ndim == 4:
+                    held.data = held.data.contiguous(memory_format=torch.channels_last)
         if self.device.type == "cuda" and world.size > 1:
             # Statistics of the whole batch; on the CPU PyTorch has none, and each process its own.
             convert = nn.SyncBatchNorm.convert_sync_batchnorm
@@ -155,6 +158,9 @@ def undisturbed() -> Iterator[None]:
 @contextmanager
 def compiling(training: Training) -> Iterator[None]:
     """A compiler that is missing or fails is one line that says how to do without."""
+    if training.compile:
+        # What was compiled for the same class before would run without the hooks of this model.
+        torch._dynamo.reset()
     try:
         yield
     except Exception as error:

@@ -21,6 +21,7 @@ from compressor.metrics import metrics_of
 from compressor.task import UNLABELLED, Kind, Split, Splits, Task, labelled
 from compressor.training import logs, losses
 from compressor.training.features import Features, pairs
+from compressor.training.loader import steady
 from compressor.training.loop import (
     Batch,
     Epoch,
@@ -241,7 +242,8 @@ def imitating(
             builds = task.teachers or (task.model,)
             teacher = Teacher([build() for build in builds], device)
             still = not (training.augment or training.mixup or training.cutmix or own)
-            if still and into is not None and training.epochs != 1 and "features" not in needs:
+            still = still and training.epochs != 1 and "features" not in needs
+            if still and into is not None and steady(splits.train):
                 teacher.keep(splits.train, into.with_name(f"{into.name}{TOLD}"))
         if teacher and "features" in needs:
             head = tuple(torch.from_numpy(part).to(device) for part in splits.train.head(2)[0])

@@ -379,3 +379,13 @@ def test_large_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cifar, "BYTES_AT_MOST", 1000)
     with pytest.raises(InputError, match="at most 1,000 can be"):
         read(f"cifar10:{binary(tmp_path, made('cifar10'))}")
+
+
+def test_bytes_as_python_3_writes_them_for_python_2() -> None:
+    """By way of ``_codecs.encode``, of which nothing but Latin-1 is taken."""
+    value = {b"data": b"\xff\x00a", b"labels": [1, 2]}
+    assert unpickled(pickle.dumps(value, protocol=2)) == value
+    start, text = b"\x80\x02c_codecs\nencode\n(", b"X\x02\0\0\0ab"
+    for wrong in (text + b"X\x05\0\0\0rot13", b"K\x01X\x06\0\0\0latin1", text):
+        with pytest.raises(InputError, match="calls what is no array"):
+            unpickled(start + wrong + b"tR.")

@@ -342,3 +342,26 @@ def test_wrong_folders_are_refused(
     with pytest.raises(InputError, match=message) as caught:
         read(spec.format(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "validate", "test"),
+    [("Train", "Val", "Test"), ("training", "validation", "testing"), ("train", "dev", "TEST")],
+)
+def test_parts_by_other_names(tmp_path: Path, train: str, validate: str, test: str) -> None:
+    start = 0
+    for part, count in ((train, 8), (validate, 3), (test, 4)):
+        start = numbered(tmp_path / part, {"a": count, "b": count}, start)
+    splits = read(f"images:{tmp_path}?size=6", 0).splits
+    assert (len(splits.validate), len(splits.test)) == (6, 8)
+
+
+def test_what_stands_beside_train_is_not_left_out_without_a_word(tmp_path: Path) -> None:
+    numbered(tmp_path / "train", {"a": 8, "b": 8})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "read.me").write_text("how it was made", encoding="utf-8")
+    assert len(read(f"images:{tmp_path}?size=6", 0).splits.train) > 0
+    numbered(tmp_path / "bus", {"one": 1})
+    with pytest.raises(InputError, match="bus stands beside train and is no part") as caught:
+        read(f"images:{tmp_path}?size=6", 0)
+    assert "\n" not in str(caught.value)

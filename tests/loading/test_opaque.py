@@ -115,7 +115,7 @@ def test_without_trust_it_is_refused_and_says_how(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("given", [{"prune": 0.5}, {"teacher": "other.pt"}, {"weights": "ema"}])
+@pytest.mark.parametrize("given", [{"prune": 0.5}, {"teacher": "other.pt"}])
 def test_what_needs_layers_says_why_there_are_none(tmp_path: Path, given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"PyTorch model.*cannot be rebuilt: aten\.fft_rfft"):
         ran(spectral(tmp_path), tmp_path / "run", **given)

@@ -321,3 +321,28 @@ def test_training_that_was_killed_goes_on_and_ends_the_same(trained: Path, tmp_p
     assert row(report, "recovered")["sha256"] == row(whole, "recovered")["sha256"]
     epochs = [one["epoch"] for one in facts(report)["history"]]
     assert epochs == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"quantize": "int8-dynamic"},
+        {"prune": 0.5, "distill": False},
+        {"prune": 0.5, "epochs": 0},
+    ],
+)
+def test_a_teacher_of_whom_nothing_is_learnt_is_one_line(
+    trained: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="--teacher: nothing is learnt from it here"):
+        quick(trained, tmp_path / "run", teacher=[trained], **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_distill_alone_trains_on(trained: Path) -> None:
+    (step,) = pipeline.plan(distill=True)
+    assert (step.stage, step.settings["loss"]) == ("distill", "distill")
+    for distill in (True, False):
+        with pytest.raises(InputError, match="--loss says what is learnt, and so does"):
+            pipeline.plan(prune=0.5, distill=distill, train={"loss": "hint"})

@@ -12,10 +12,11 @@ import torch
 from standing import at_rest, small_cnn, splits_of, task_of
 from torch import Tensor, nn
 
-from compressor import Split, Splits, StageError, Task, Unsuitable
+from compressor import InputError, Split, Splits, StageError, Task, Unsuitable
 from compressor.loading import torchfile
 from compressor.metrics import METRICS
-from compressor.stages import distill, perform, prune
+from compressor.recipe import Step
+from compressor.stages import bind, distill, fitting, perform, prune
 from compressor.task import Kind
 from compressor.training.evaluation import evaluate
 from compressor.training.loop import Batch, fit
@@ -180,7 +181,7 @@ def test_what_diverged_holds_its_best_weights(where: str) -> None:
     splits = Splits(task.splits.train, broken if where == "loss" else nan, broken, broken)
     with pytest.raises(
         StageError,
-        match=r"the (loss became nan in epoch 1, step 3|mse on validate became nan in epoch 1);",
+        match=r"the (loss became nan in epoch 1, step 3;|mse on validate is not defined on its 10)",
     ):
         fit(
             model,
@@ -280,3 +281,20 @@ def test_the_test_split_is_never_read(tmp_path: Path) -> None:
     forbidden = Split(never, np.arange(10))
     splits = Splits(whole.train, whole.validate, forbidden, forbidden)
     recovered(table(splits=splits), tmp_path)
+
+
+def test_data_is_not_made_up_where_there_is_some() -> None:
+    with pytest.raises(InputError, match="synthesize 64 makes up examples where there are none"):
+        fitting(*bind((Step("distill", {"synthesize": 64}, "r", "baseline"),)), table())
+
+
+def test_volumes_train_with_channels_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    x = np.random.default_rng(0).standard_normal((60, 1, 4, 4, 4)).astype(np.float32)
+    y = (x.mean(axis=(1, 2, 3, 4)) > 0).astype(np.int64)
+    task = task_of(model, (1, 4, 4, 4), splits=splits_of(x, y))
+    one, _ = recovered(task, tmp_path, channels_last=True)
+    two, _ = recovered(task, tmp_path)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, two.state_dict()[name], rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from compressor import InputError, Split, Splits, Task
 from compressor.stages import distill, perform
 from compressor.stages.folds import crossed
+from compressor.task import UNLABELLED, labelled
 
 
 def numbered(train: int, validate: int) -> Task:
@@ -61,7 +63,7 @@ def test_every_example_is_held_out_once(train: int, validate: int, folds: int) -
 
 
 def test_too_few_examples_are_one_line() -> None:
-    with pytest.raises(InputError, match="folds = 5: there are 8 examples of train and validate"):
+    with pytest.raises(InputError, match="folds = 5: there are 8 labelled examples of train and"):
         crossed(numbered(6, 2), 5, lambda part: part.model())
 
 
@@ -81,3 +83,48 @@ def test_the_stage_says_what_training_reaches(tmp_path: Path) -> None:
     # The model itself is what it would be without: the folds are trained beside it.
     alone = perform(distill, source, task, tmp_path / "alone", **settings)
     assert alone.path.read_bytes() == made.path.read_bytes()
+
+
+def test_only_examples_with_a_label_are_held_out() -> None:
+    task = numbered(30, 10)
+    assert task.splits is not None
+    splits = replace(task.splits, train=hidden(task.splits.train, lambda x: x % 3 > 0))
+    parts: list[Splits] = []
+
+    def trained(part: Task) -> nn.Module:
+        assert part.splits is not None
+        parts.append(part.splits)
+        return part.model()
+
+    found = crossed(replace(task, splits=splits), 4, trained)
+    assert found["n"] == 20
+    for part in parts:
+        assert labelled(part.validate.head(100)[1]).all()
+        assert (~labelled(part.train.head(100)[1])).sum() == 20
+    with pytest.raises(InputError, match="there are 20 labelled examples"):
+        crossed(replace(task, splits=splits), 11, trained)
+
+
+def test_every_fold_has_its_share_of_a_rare_class() -> None:
+    x = np.arange(60, dtype=np.float32)[:, None]
+    whole = Split.arrays(x, (x[:, 0] % 10 == 0).astype(np.int64))
+    splits = Splits(whole.take(np.arange(50)), whole.take(np.arange(50, 60)), whole, whole)
+    rare = []
+
+    def trained(part: Task) -> nn.Module:
+        assert part.splits is not None
+        rare.append(int(part.splits.validate.head(60)[1].sum()))
+        return part.model()
+
+    crossed(task_of(nn.Linear(1, 2), (1,), splits=splits), 3, trained)
+    assert rare == [2, 2, 2]
+
+
+def hidden(split: Split, which: Any) -> Split:
+    """The split, some of whose labels nobody knows."""
+
+    def fetch(at: Any) -> Any:
+        (x,), y = split.fetch(at)
+        return (x,), np.where(which(x[:, 0]), UNLABELLED, y)
+
+    return replace(split, fetch=fetch)

@@ -20,7 +20,7 @@ from compressor.data.demand import OnDemand
 from compressor.errors import InputError
 from compressor.task import Array, Batch, Split
 from compressor.training import loader
-from compressor.training.loader import automatic, batches, resident
+from compressor.training.loader import automatic, batches, resident, steady
 
 Positions = NDArray[np.intp]
 
@@ -208,3 +208,16 @@ def test_pinning_asks_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert len(list(batches(on_demand(9), steps_of(9, 3), workers=workers, pin=True))) == 3
         assert len(asked) == count
+
+
+def test_what_differs_when_it_is_read_again_is_not_steady() -> None:
+    x, y = np.arange(40, dtype=np.float32)[:, None], np.arange(40) % 2
+    still = Split.arrays(x, y)
+    rng = np.random.default_rng(0)
+
+    def shaken(at: Any) -> Any:
+        (inputs,), targets = still.fetch(at)
+        return (inputs + rng.random(),), targets
+
+    assert steady(still)
+    assert not steady(Split(shaken, np.arange(40)))
