@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,6 +148,9 @@ def _csv(
             f"{path} holds more than {TEXT_AT_MOST:,} bytes of text: write it as .parquet"
         )
     names = _header(path, content, separator)
+    if len(names) == 1 and (other := [each for each in ";\t|" if each in names[0]]):
+        said = "call it .tsv" if other[0] == "\t" else f"say separator={other[0]}"
+        raise InputError(f"{path} has one column {shown(names[0])}: {said}")
     wanted = chosen(names, only, leave, path)
     table = reader.read_csv(
         pa.OSFile(str(path)) if content is None else pa.BufferReader(content),
@@ -274,6 +278,28 @@ def codes(column: Any) -> tuple[Array, list[Any]]:
     ]
     found = np.concatenate([np.empty(0, np.int32), *chunks])
     return found, encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+
+
+NUMBER = re.compile(r"\s*[-+]?(\d+([.,]\d+)?|\d{1,3}([,.' ]\d{3})+([.,]\d+)?)\s*%?\s*")
+DATE = re.compile(r"\s*(\d{4}[./-]\d\d?[./-]\d\d?|\d\d?[./-]\d\d?[./-](\d{4}|\d\d))\b.*")
+FEW = 12
+"""So many different values may be categories, whatever they look like."""
+
+
+def words(values: Sequence[Any], where: str) -> None:
+    """Raises :class:`InputError` for numbers and dates that a CSV reader took for text: as
+    categories they would say nothing."""
+    for pattern, what, remedy in (
+        (DATE, "dates", "make numbers of them (a year, a weekday, days since)"),
+        (NUMBER, "numbers", "write them with a point and nothing else, and missing ones empty"),
+    ):
+        like = [value for value in values if isinstance(value, str) and pattern.fullmatch(value)]
+        if len(like) > FEW and 2 * len(like) >= len(values):
+            other = [value for value in values if value not in like] or like
+            raise InputError(
+                f"{where} holds {what} as text ({some(like[:2])} ... {some(other[:1])}): {remedy}, "
+                "or drop the column"
+            )
 
 
 def some(values: Iterable[object]) -> str:

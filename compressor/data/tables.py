@@ -22,6 +22,7 @@ from compressor.data.columns import (
     shown,
     some,
     targets,
+    words,
 )
 from compressor.data.live import Data, checked
 from compressor.data.splitting import completed, refetched
@@ -73,11 +74,17 @@ def table(
         raise InputError(f"option drop={','.join(drop)} holds the target: keep it")
     if target not in held.column_names:  # which says what there is
         read(path, only=[target], separator=separator)
+    if not len(held):
+        raise InputError(f"{path} has no rows: add some below the names of the columns")
     names = [name for name in held.column_names if name != target]
     if not names:
         raise InputError(f"{path} has no columns but the target {shown(target)}: add some")
     for name in names:
         _refuse(name, held.schema.field(name).type, path)
+    if path.suffix != ".parquet":
+        for name in names if kind in ("classification", "binary") else [*names, target]:
+            if is_text(held.schema.field(name).type):
+                words(codes(held[name])[1], f"{path}: column {shown(name)}")
     told = targets(held[target], target, path, kind)
     answers, count, other = told.values, len(held), None
     if test is not None:
