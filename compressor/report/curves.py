@@ -146,8 +146,26 @@ def training(document: Document, *, markdown: bool = False) -> str:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             cells.append(said(value) if number else show(absent if value is None else value))
         name = variant(one["artifact"], markdown=markdown)
-        rows.append([name, show(one["step"]["stage"]), *cells])
-    return render(["variant", "stage", *TRAINING], rows, markdown=markdown, left=2) if rows else ""
+        crossed = _crossed(one["step"]["facts"].get("folds"), show)
+        rows.append([name, show(one["step"]["stage"]), *cells, crossed])
+    if not rows:
+        return ""
+    header = ["variant", "stage", *TRAINING, "in folds"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    rows = [[cell or MISSING for cell in row] for row in rows]
+    return render(header, rows, markdown=markdown, left=2)
+
+
+def _crossed(found: Any, show: Text) -> str:
+    """What cross-validation reached: mean, standard deviation and number of the folds."""
+    if not isinstance(found, Mapping):
+        return ""
+    numbers = [found.get(key) for key in ("mean", "deviation", "folds")]
+    if not all(isinstance(one, (int, float)) for one in numbers):
+        return ""
+    mean, deviation, folds = numbers
+    return show(f"{found.get('metric')} {mean:.4f} ± {deviation:.4f}, {folds} folds")
 
 
 TRAINING: Mapping[str, tuple[str, Callable[[Any], str], str]] = {

@@ -132,6 +132,18 @@ def test_how_long_and_how_fast_it_trained() -> None:
     assert lines[2].split()[:3] == ["recovered", "distill", "12"]
 
 
+def test_what_cross_validation_reached_stands_beside_it() -> None:
+    odd: Any
+    for odd in (None, 7, {}, {"mean": "0.9", "deviation": 0.1, "folds": 5}):
+        changed = _distilled(document(), training=TRAINED, folds=odd)
+        assert "in folds" not in cells(curves.training(changed, markdown=True))[0]
+    found = {"folds": 5, "metric": "a|b", "mean": 0.9, "deviation": 0.0125}
+    changed = _distilled(document(), training=TRAINED, folds=found)
+    header, row = cells(curves.training(changed, markdown=True))
+    assert header[-1] == "in folds"
+    assert row[-1].replace("\\", "") == "a&#124;b 0.9000 ± 0.0125, 5 folds"
+
+
 def test_what_is_not_known_of_training_is_not_made_up() -> None:
     header, row = cells(curves.training(_distilled(document(), training={}), markdown=True))
     assert row == ["recovered", "distill", *["n/a"] * (len(header) - 2)]
