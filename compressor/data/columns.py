@@ -295,9 +295,10 @@ def words(values: Sequence[Any], where: str) -> None:
     ):
         like = [value for value in values if isinstance(value, str) and pattern.fullmatch(value)]
         if len(like) > FEW and 2 * len(like) >= len(values):
-            other = [value for value in values if value not in like] or like
+            known = {*like}
+            other = next((value for value in values if value not in known), like[-1])
             raise InputError(
-                f"{where} holds {what} as text ({some(like[:2])} ... {some(other[:1])}): {remedy}, "
+                f"{where} holds {what} as text ({some(like[:2])} ... {some([other])}): {remedy}, "
                 "or drop the column"
             )
 

@@ -193,8 +193,7 @@ def read(path: Path, weights: str | None = None) -> Described:
             f"{path} holds no state dict (keys: {seen}): {advice} model.state_dict() or use "
             "compressor.save"
         )
-    prefix = "module." if all(str(key).startswith("module.") for key in given) else ""
-    return Described({str(key).removeprefix(prefix): value for key, value in given.items()})
+    return Described({str(key): value for key, value in given.items()})
 
 
 def _tensors(held: Mapping[Any, Any]) -> bool:

@@ -69,14 +69,15 @@ def test_so_it_is_in_safetensors(tmp_path: Path) -> None:
     assert same(load(tmp_path / "net.safetensors", net), moved(1.0))
 
 
-def test_a_name_that_the_model_has_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model", "module"])
+def test_a_name_that_the_model_has_stays(tmp_path: Path, name: str) -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = net()
+            self.add_module(name, net())
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.model(x)  # type: ignore[no-any-return]
+            return getattr(self, name)(x)  # type: ignore[no-any-return]
 
     torch.save(Outer().state_dict(), tmp_path / "net.pt")
     assert same(load(tmp_path / "net.pt", Outer), Outer())
